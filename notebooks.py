@@ -1,0 +1,3612 @@
+#!/usr/bin/env python3
+"""Give every student of a class a Jupyter Notebook server of their own, on one host.
+
+    sudo notebooks.py COMMAND [config file]
+
+setup     makes an account with a home and passwords for each student of the list
+send      copies the course's material into each account, over what is there
+launch    starts the notebook servers and the web page that leads to them
+shutdown  ends the students' notebook servers, kernels and terminals
+retrieve  copies what the students made into the owner's storage
+remove    deletes the accounts that setup made, with their homes
+
+The course is described by an INI file (`notebooks.cfg`) and by a CSV file of students
+(`students.csv`). There is no other state: the CSV file is the user database, passwd and
+group say which accounts exist and which are ours (by a mark in their GECOS field), the
+process table and the listening sockets say what runs.
+
+`launch` consists of these processes:
+
+launcher   root     binds all ports, has servers started, watches them; it waits on
+                    sockets and never reads from the network
+template   root     has imported Jupyter once; forks one notebook server per request and
+                    never sees a password or anything else of a student's
+webserver  nobody   the landing page on the base port
+server     student  one Jupyter Notebook server per student, on a port of its own
+
+Template and webserver are this script, executed afresh with the end of a socket pair;
+each ends when the other end is gone. Whatever happens in a student's home, from `send`
+to a server's log file, is done with that student's ids: root follows no path there.
+"""
+
+import argparse
+import asyncio
+import base64
+import codecs
+import configparser
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import difflib
+import errno
+import fcntl
+import functools
+import gc
+import grp
+import hashlib
+import html
+import importlib
+import importlib.util
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import mimetypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import pwd
+import re
+import resource
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import string
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+try:
+    import pexpect
+    import psutil
+    import setproctitle
+    from pexpect import fdpexpect
+except ImportError as missing:
+    print(
+        f"notebooks.py: {sys.executable} has {missing}; run the notebooks.py that"
+        " `sudo make install` puts into /usr/local/bin",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+__version__ = "1.0.0"
+
+log = logging.getLogger("notebooks")
+
+Result = TypeVar("Result")
+
+# -------------------------------------------------------------------------------------
+# Constants
+# -------------------------------------------------------------------------------------
+
+# The GECOS subfield "other" of the accounts that setup made: only root can change it
+# (chfn(1)), so it is the mark by which `remove` knows what it may delete.
+MARK = "notebooks.py"
+USERNAME = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # 32: LOGIN_NAME_MAX of utmp(5)
+# Letters and digits that cannot be taken for one another on paper.
+PASSWORD_ALPHABET = "".join(set(string.ascii_letters + string.digits) - set("0O1lI"))
+PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
+ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
+PART_PREFIX = ".notebooks-part-"  # of files that are not whole yet
+COPY_CHUNK_BYTES = 1 << 24
+
+# Runtime files of servers and kernels, one directory a student. Short: the path of a
+# kernel's unix socket must fit into 107 bytes (unix(7)). Not in /run: that is small,
+# and the whole system fails when a student has filled it.
+RUNTIME_DIR = Path("/var/lib/notebooks")
+CONFIG_DIR = RUNTIME_DIR / "config"  # root's, where servers look for configuration
+SERVER_LOG = ".notebooks.log"  # in the student's home
+SERVER_TITLE = "notebooks.py: notebook server of "  # what ps shows
+WEBSERVER_TITLE = "notebooks.py: webserver"
+TEMPLATE_HOME = RUNTIME_DIR / "template"  # exists during `rehearse_start` only
+
+START_SECONDS = 60.0  # until a server that was started must have named its address
+GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+MAX_PROCESSES = 1000  # and threads of one student's (RLIMIT_NPROC): stops a fork bomb
+KILL_SECONDS = 10.0  # how long processes that keep forking are fought
+LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
+SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
+PAGE_SECONDS = 10.0  # in which a visitor of the web page must have made a request
+STOP_SECONDS = 1.5  # in which the launcher's helpers must have ended
+MAX_RESTART_DELAY_SECONDS = 60.0
+MAX_MESSAGE_BYTES = 1 << 17
+MAX_MESSAGE_DESCRIPTORS = 4
+SYS_PIDFD_GETFD = 438  # the same on all architectures
+
+CERTIFICATE_NAME = "notebooks.pem"  # beside the configuration file
+CERTIFICATE_DAYS = 397  # browsers refuse much longer ones
+CERTIFICATE_WARNING_DAYS = 14
+
+# -------------------------------------------------------------------------------------
+# Errors
+# -------------------------------------------------------------------------------------
+
+
+class Error(Exception):
+    """Something that can be foreseen went wrong; the message says what to do."""
+
+    exit_status = 1
+
+
+class UsageError(Error):
+    """The command line, the configuration or the list is wrong; nothing was changed."""
+
+    exit_status = 2
+
+
+def printable(text: str) -> str:
+    """Return text that others made, without what would steer a terminal."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
+def explain(error: OSError) -> str:
+    """Return what the system said, without Python's own words."""
+    name = f": {error.filename!r}" if error.filename is not None else ""
+    return f"{error.strerror or error}{name}"
+
+
+# -------------------------------------------------------------------------------------
+# Configuration
+# -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What `notebooks.cfg` says, checked, with absolute paths; see OPTIONS."""
+
+    path: Path
+    user_list: Path
+    tutorial_dir: Path
+    material_dir: Path
+    password_length: int
+    group: str
+    keep_changed: bool
+    profile: str
+    cert_file: Path | None
+    key_file: Path | None
+    server_address: str
+    web_title: str
+    launch_dir: Path | None
+    port: int
+    list_students: bool
+    on_demand: bool
+    idle_minutes: int
+    storage_dir: Path
+    owner: str
+    retrieve_limit: int
+
+    @property
+    def material_name(self) -> Path:
+        """Where the material is in a home, relative to it."""
+        return self.tutorial_dir / self.material_dir.name
+
+    @property
+    def start_dir(self) -> Path:
+        """Where notebooks start, relative to the home."""
+        return self.launch_dir or self.material_name
+
+
+def parse_text(text: str) -> str:
+    return text
+
+
+def parse_path(text: str) -> Path:
+    """Read a path; it becomes relative to the configuration file in `read_config`."""
+    if not text:
+        raise ValueError("needs a path")
+    if text == "~" or text.startswith("~/"):
+        return Path(invoking_account().pw_dir, text[2:])
+    return Path(text)
+
+
+def parse_optional_path(text: str) -> Path | None:
+    return parse_path(text) if text else None
+
+
+def parse_home_path(text: str) -> Path:
+    """Read a path that is relative to each student's home and stays in it."""
+    path = Path(text)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "~" in text:
+        raise ValueError("must be a directory relative to the home, such as `course`")
+    return path
+
+
+def parse_optional_home_path(text: str) -> Path | None:
+    return parse_home_path(text) if text else None
+
+
+def parse_bool(text: str) -> bool:
+    try:
+        return configparser.ConfigParser.BOOLEAN_STATES[text.lower()]
+    except KeyError:
+        raise ValueError("must be yes or no") from None
+
+
+def parse_number(low: int, high: int, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+        raise ValueError(f"must be a whole number from {low} to {high}")
+    return int(text)
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes with an optional K, M, G or T (powers of 1024)."""
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)i?B?", text, re.IGNORECASE)
+    if not match or not text.isascii():
+        raise ValueError("must be a size such as 500M or 2G")
+    return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
+
+
+def parse_group(text: str) -> str:
+    if text and not USERNAME.fullmatch(text):
+        raise ValueError("must be a group name: lower-case letters, digits, - and _")
+    return text
+
+
+def parse_profile(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]*", text) or text in (".", ".."):
+        raise ValueError("must be the name of an IPython profile, such as `course`")
+    return text
+
+
+def parse_owner(text: str) -> str:
+    if text:
+        try:
+            pwd.getpwnam(text)
+        except KeyError:
+            raise ValueError("is not a user of this machine") from None
+    return text
+
+
+def parse_address(text: str) -> str:
+    """Read a host name or address, in which {username} may stand for the student's."""
+    if "{username}" in text and not text.startswith("{username}."):
+        raise ValueError("must have {username}. at its beginning, if at all")
+    if text and not re.fullmatch(r"[\w.:\[\]-]+", text.replace("{username}", "u")):
+        raise ValueError("must be a host name alone, such as `lab.example.org`")
+    if text.count(":") == 1:
+        raise ValueError("must not have a port: that is the key `port`")
+    return f"[{text}]" if ":" in text and not text.startswith("[") else text
+
+
+class Option(NamedTuple):
+    """A key of the configuration file; `parse` raises ValueError with what is right."""
+
+    section: str
+    key: str
+    parse: Callable[[str], Any]
+    default: str
+
+
+OPTIONS = (
+    Option("Setup", "user_list", parse_path, "students.csv"),
+    Option("Setup", "tutorial_dir", parse_home_path, "course"),
+    Option("Setup", "material_dir", parse_path, "material"),
+    Option("Setup", "password_length", functools.partial(parse_number, 8, 128), "12"),
+    Option("Setup", "group", parse_group, "students"),
+    Option("Setup", "keep_changed", parse_bool, "no"),
+    Option("Setup", "profile", parse_profile, ""),
+    Option("Launch", "cert_file", parse_optional_path, ""),
+    Option("Launch", "key_file", parse_optional_path, ""),
+    Option("Launch", "server_address", parse_address, ""),
+    Option("Launch", "web_title", parse_text, "Notebooks"),
+    Option("Launch", "launch_dir", parse_optional_home_path, ""),
+    Option("Launch", "port", functools.partial(parse_number, 1, 65535), "8888"),
+    Option("Launch", "list_students", parse_bool, "yes"),
+    Option("Launch", "on_demand", parse_bool, "no"),
+    Option("Launch", "idle_minutes", functools.partial(parse_number, 0, 100000), "0"),
+    Option("Shutdown", "storage_dir", parse_path, "storage"),
+    Option("Shutdown", "owner", parse_owner, ""),
+    Option("Shutdown", "retrieve_limit", parse_size, "1G"),
+)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a hint that names the known word closest to a misspelt one."""
+    words = list(known)
+    close = difflib.get_close_matches(word.lower(), [each.lower() for each in words], 1)
+    for each in words:
+        if close and each.lower() == close[0]:
+            return f"did you mean `{each}`?"
+    return "known are " + ", ".join(words)
+
+
+def read_ini(path: Path) -> configparser.ConfigParser:
+    """Read the file's text.
+
+    Raises: UsageError for a file that is not there, not text or not an INI file.
+    """
+    parser = configparser.ConfigParser(
+        interpolation=None, inline_comment_prefixes=(" #", " ;")
+    )
+    try:
+        parser.read_string(path.read_text(encoding="utf-8-sig"), str(path))
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path}: there is no such file; name your configuration file, as in"
+            " `notebooks.py setup course.cfg`, or go to the directory it is in"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except configparser.Error as error:
+        raise UsageError(f"{path}: is no INI file: {error.message}") from None
+    return parser
+
+
+def unknown_keys(parser: configparser.ConfigParser) -> Iterator[str]:
+    """Yield what the file has that OPTIONS does not know."""
+    sections = list(dict.fromkeys(option.section for option in OPTIONS))
+    if parser.defaults():
+        yield "[DEFAULT]: unknown section; " + nearest("DEFAULT", sections)
+    for section in parser.sections():
+        if section not in sections:
+            yield f"[{section}]: unknown section; {nearest(section, sections)}"
+            continue
+        keys = [option.key for option in OPTIONS if option.section == section]
+        for key in parser[section]:
+            home = [option.section for option in OPTIONS if option.key == key]
+            if key not in keys and home:
+                yield f"[{section}] {key}: belongs in section [{home[0]}]"
+            elif key not in keys:
+                yield f"[{section}] {key}: unknown key; {nearest(key, keys)}"
+
+
+def read_config(path: Path, problems: list[str]) -> Config:
+    """Read the configuration file; what is wrong with it is added to `problems`.
+
+    Raises: UsageError if it cannot be read at all.
+    """
+    parser = read_ini(path)
+    base = path.absolute().parent
+    problems += [f"{path}: {problem}" for problem in unknown_keys(parser)]
+    values: dict[str, Any] = {"path": path.absolute()}
+    for section, key, parse, default in OPTIONS:
+        text = parser.get(section, key, fallback=default).strip()
+        try:
+            value = parse(text)
+        except ValueError as error:
+            problems.append(f"{path}: [{section}] {key} = {text}: {error}")
+            value = parse(default)
+        if isinstance(value, Path) and parse in (parse_path, parse_optional_path):
+            value = Path(os.path.normpath(base / value))
+        values[key] = value
+    return Config(**values)
+
+
+# -------------------------------------------------------------------------------------
+# Students
+# -------------------------------------------------------------------------------------
+
+COLUMNS = ("username", "name", "surname", "email", "sys-pass", "nb-pass", "port")
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A row of the list; `line` is where the row begins in the file."""
+
+    line: int
+    username: str
+    name: str
+    surname: str
+    sys_pass: str
+    nb_pass: str
+    port: str
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name} {self.surname}".strip()
+
+
+@dataclasses.dataclass
+class Record:
+    """A record of a CSV file: where it begins, its raw cells and its line end."""
+
+    line: int
+    cells: list[str]
+    end: str
+
+
+class StudentList:
+    """The CSV file, held as it was written: only the cells that we set change.
+
+    Each record is a list of raw cells (quotes included) and its line end, so that
+    columns of the teacher's own, quoting, line ends, byte-order mark and encoding stay
+    as they are. Source: RFC 4180, with comma, semicolon or tab as the delimiter.
+    """
+
+    def __init__(self, path: Path, problems: list[str]) -> None:
+        """Read and check the file; what is wrong with it is added to `problems`."""
+        self.path = Path(os.path.realpath(path))
+        self.lock_fd = -1
+        self.load()
+        problems += [f"{self.path}: {problem}" for problem in self.check()]
+
+    def load(self) -> None:
+        """Read the file into raw records.
+
+        Raises: UsageError for a file that cannot be read as CSV at all.
+        """
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise UsageError(
+                f"{self.path}: the list of students cannot be read: {error.strerror}"
+            ) from None
+        self.mark, self.encoding = detect_encoding(data)
+        try:
+            text = data.removeprefix(self.mark).decode(self.encoding)
+        except UnicodeDecodeError:
+            name = self.encoding.upper()
+            raise UsageError(f"{self.path}: is no {name} text; save it anew") from None
+        if not text.strip() or "\0" in text:
+            raise UsageError(f"{self.path}: needs a header line that names `username`")
+        self.delimiter = detect_delimiter(text)
+        self.records = list(split_records(text, self.delimiter, self.path))
+        self.header = [unquote(cell).lower() for cell in self.records[0].cells]
+        self.rows = [each for each in self.records[1:] if any(map(unquote, each.cells))]
+        self.by_name = {self.student(each).username: each for each in self.rows}
+
+    def check(self) -> Iterator[str]:
+        """Yield what is wrong, with line numbers."""
+        if "username" not in self.header:
+            yield (
+                "line 1: the header has no column `username`, only "
+                + ", ".join(f"`{name}`" for name in self.header)
+                + "; columns are separated by commas, semicolons or tabs"
+            )
+            return
+        for name in COLUMNS:
+            if self.header.count(name) > 1:
+                yield f"line 1: the header has more than one column `{name}`"
+        first_lines: dict[str, int] = {}
+        for record in self.rows:
+            student = self.student(record)
+            where = f"line {student.line}"
+            if len(record.cells) > len(self.header):
+                yield f"{where}: has more cells than the header has columns"
+            for problem in student_problems(student):
+                yield f"{where}: {problem}"
+            first = first_lines.setdefault(student.username, student.line)
+            if first != student.line:
+                yield f"{where}: the name {student.username!r} is on line {first} too"
+
+    def student(self, record: Record) -> Student:
+        cells = [unquote(cell) for cell in record.cells]
+        values = dict(zip(self.header, cells))
+        return Student(
+            record.line,
+            *(values.get(name, "") for name in COLUMNS if name != "email"),
+        )
+
+    @property
+    def students(self) -> list[Student]:
+        return [self.student(record) for record in self.rows]
+
+    def update(self, username: str, **values: str) -> None:
+        """Set cells of a student's row (sys_pass for the column `sys-pass`)."""
+        record = self.by_name[username]
+        for key, value in values.items():
+            name = key.replace("_", "-")
+            if name not in self.header and value:
+                self.header.append(name)
+                self.records[0].cells.append(name)
+            if name in self.header and getattr(self.student(record), key) != value:
+                column = self.header.index(name)
+                record.cells += [""] * (column + 1 - len(record.cells))
+                quoted = record.cells[column].startswith('"')
+                record.cells[column] = quote(value, self.delimiter, quoted)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the list against other notebooks.py, and read it anew.
+
+        Raises: UsageError if another process holds it.
+        """
+        self.lock_fd = lock_file(self.path)
+        try:
+            self.load()
+            problems = list(self.check())
+            if problems:
+                raise UsageError("\n".join(f"{self.path}: {each}" for each in problems))
+            yield
+        finally:
+            os.close(self.lock_fd)
+            self.lock_fd = -1
+
+    def save(self) -> None:
+        """Replace the file by what is held, if that differs, and keep the lock.
+
+        The file is whole at any time; it gets mode 0600, since it holds passwords, and
+        keeps its owner.
+        """
+        text = "".join(
+            self.delimiter.join(record.cells) + record.end for record in self.records
+        )
+        data = self.mark + text.encode(self.encoding)
+        info = self.path.stat()
+        if data == self.path.read_bytes() and stat.S_IMODE(info.st_mode) == 0o600:
+            return
+        fd, temporary = tempfile.mkstemp(prefix=".students-", dir=self.path.parent)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            os.fchown(fd, info.st_uid, info.st_gid)
+            with open(fd, "wb", closefd=False) as file:
+                file.write(data)
+            os.fsync(fd)
+            os.rename(temporary, self.path)
+        except BaseException as error:
+            os.close(fd)
+            os.unlink(temporary)
+            if isinstance(error, OSError):
+                error.filename = str(self.path)
+            raise
+        os.close(self.lock_fd)
+        self.lock_fd = fd
+
+
+def detect_encoding(data: bytes) -> tuple[bytes, str]:
+    """Return the byte-order mark, if any, and the encoding that it tells.
+
+    Without one it is UTF-8, else what Excel writes.
+    """
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ):
+        if data.startswith(mark):
+            return mark, encoding
+    for encoding in ("utf-8", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            data.decode(encoding)
+            return b"", encoding
+    return b"", "latin-1"
+
+
+def detect_delimiter(text: str) -> str:
+    """Return what separates the column names of the first line."""
+    header = text.splitlines()[0]
+    return max(",;\t", key=header.count)
+
+
+def unquote(cell: str) -> str:
+    """Return what a raw cell says, without blanks at its ends."""
+    if cell.startswith('"'):
+        cell = cell[1:-1].replace('""', '"')
+    return cell.strip()
+
+
+def quote(value: str, delimiter: str, quoted: bool) -> str:
+    """Return the raw cell for a value; quoted if it must be, or was before."""
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter=delimiter, lineterminator="").writerow([value, ""])
+    cell = buffer.getvalue().removesuffix(delimiter)
+    return f'"{cell}"' if quoted and not cell.startswith('"') else cell
+
+
+def split_records(text: str, delimiter: str, path: Path) -> Iterator[Record]:
+    """Cut CSV text into records of raw cells; nothing is lost.
+
+    Raises: UsageError for a quote that is never closed, or text after a closing one.
+    """
+    cell = re.compile(rf'(?:"(?:[^"]|"")*"|[^"{delimiter}\r\n][^{delimiter}\r\n]*|)')
+    after = re.compile(rf"{delimiter}|\r\n|\n|\r|\Z")
+    position, line, cells, start = 0, 1, [], 1
+    while position < len(text):
+        content = cell.match(text, position)
+        end = content and after.match(text, content.end())
+        if not content or not end:
+            raise UsageError(
+                f"{path}: line {line}: a quotation mark is not closed, or stands in the"
+                " middle of a cell"
+            )
+        cells.append(content[0])
+        line += len(re.findall(r"\r\n|\n|\r", content[0]))
+        position = end.end()
+        if end[0] != delimiter:
+            yield Record(start, cells, end[0])
+            line += 1
+            cells, start = [], line
+        elif position == len(text):
+            yield Record(start, [*cells, ""], "")
+            cells = []
+
+
+def student_problems(student: Student) -> Iterator[str]:
+    """Yield what is wrong with one row."""
+    username = student.username
+    if not username:
+        yield "the username is missing"
+    elif not USERNAME.fullmatch(username):
+        yield (
+            f"{username!r} cannot be a username: use at most 32 lower-case letters,"
+            " digits, - _ and . that begin with a letter"
+        )
+    elif not is_ordinary(username):
+        yield f"{username!r} is a system account and cannot be a student"
+    for column, text in (("sys-pass", student.sys_pass), ("nb-pass", student.nb_pass)):
+        if any(not character.isprintable() for character in text):
+            yield f"the {column} has a line break or another unprintable character"
+    if student.port and not re.fullmatch(r"[0-9]{1,5}", student.port):
+        yield f"the port {student.port!r} is not a number; leave it empty for any"
+
+
+def lock_file(path: Path) -> int:
+    """Return a descriptor that holds the lock of a file that may be replaced meanwhile.
+
+    The lock is on the file (which students cannot open), not on its directory.
+
+    Raises: UsageError if another process has it.
+    """
+    while True:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise UsageError(
+                f"{path}: another notebooks.py works with it; wait until that is done"
+            ) from None
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            return fd
+        os.close(fd)
+
+
+# -------------------------------------------------------------------------------------
+# Accounts
+# -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until what is within has been done."""
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+
+
+def run_program(argv: Sequence[str], text: str = "") -> str:
+    """Run a program of the system's and return what it printed on standard output.
+
+    Ctrl-C waits until it has ended, and does not reach it, nor does a signal to our
+    process group: no account database is left half written or locked.
+
+    Raises: Error if it is missing or fails, with the last line of what it said.
+    """
+    log.debug("running %s", shlex.join(argv))
+    environment = {"PATH": PROGRAM_PATH, "LC_ALL": "C.UTF-8"}
+    program = shutil.which(argv[0], path=PROGRAM_PATH)
+    if not program:
+        raise Error(f"the program {argv[0]} is not installed on this machine")
+    with uninterrupted():
+        done = subprocess.run(
+            [program, *argv[1:]],
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+        )
+    if done.returncode:
+        words = done.stderr.strip() or f"exit status {done.returncode}"
+        raise Error(f"{shlex.join(argv[:1])}: {words.splitlines()[-1]}")
+    return done.stdout
+
+
+def read_login_defs(key: str, default: int) -> int:
+    """Return a number from login.defs(5)."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/etc/login.defs").read_text(errors="replace").splitlines():
+            words = line.split()
+            if words[:1] == [key]:
+                return int(words[1], 0)
+    return default
+
+
+def find_account(username: str) -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwnam(username)
+    except KeyError:
+        return None
+
+
+def is_ordinary(username: str) -> bool:
+    """Say whether the name is free or that of a person, not of root or a service.
+
+    Above 65535 are people again, of a directory service; between lie `nobody` and what
+    systemd makes up (systemd's UIDS-GIDS).
+    """
+    account = find_account(username)
+    low, high = read_login_defs("UID_MIN", 1000), read_login_defs("UID_MAX", 60000)
+    return account is None or low <= account.pw_uid <= high or account.pw_uid > 65535
+
+
+def invoking_account() -> pwd.struct_passwd:
+    """Return the account of the user who called sudo, else that of this process."""
+    try:
+        return pwd.getpwuid(int(os.environ["SUDO_UID"]))
+    except (KeyError, ValueError):
+        return pwd.getpwuid(os.getuid())
+
+
+def is_ours(account: pwd.struct_passwd) -> bool:
+    """Say whether setup made this account, so that `remove` may delete it.
+
+    Source: passwd(5), GECOS subfields: full name, room, work phone, home phone, other.
+    """
+    return (
+        account.pw_gecos.split(",")[4:] == [MARK]
+        and is_ordinary(account.pw_name)
+        and account.pw_uid != invoking_account().pw_uid
+    )
+
+
+def gecos(student: Student) -> str:
+    """Return the GECOS field of a new account, with our mark."""
+    name = "".join(
+        " " if character in ',:=\\"' or not character.isprintable() else character
+        for character in student.full_name
+    )
+    return f"{name},,,,{MARK}"
+
+
+def ensure_group(group: str) -> None:
+    try:
+        grp.getgrnam(group)
+    except KeyError:
+        run_program(["groupadd", "--", group])
+
+
+def ensure_account(student: Student, group: str) -> str:
+    """Make the account unless it exists; return what was done: new, adopted or kept.
+
+    The home is made by `ensure_home`: useradd's own is open to all for a moment.
+
+    Raises: Error if useradd refuses, or a home directory of that name is left over.
+    """
+    account = find_account(student.username)
+    if account is None:
+        home = Path("/home", student.username)
+        if os.path.lexists(home):
+            raise Error(f"{home} exists without an account; move it away first")
+        groups = ["--groups", group] if group else []
+        try:
+            run_program(
+                ["useradd", "--no-create-home", "--home-dir", str(home), "--user-group"]
+                + ["--shell", "/bin/bash", *groups]
+                + ["--comment", gecos(student), "--", student.username]
+            )
+        except Error:  # unless a setup that was killed had just called it
+            account = find_account(student.username)
+            if not account or not is_ours(account):
+                raise
+        return "new"
+    if is_ours(account) and is_closed(student.username):  # by a remove that failed
+        run_program(["usermod", "--expiredate", "", "--", student.username])
+    if group and student.username not in grp.getgrnam(group).gr_mem:
+        run_program(["gpasswd", "--add", student.username, group])
+        if not is_ours(account):
+            return "adopted"
+    return "kept"
+
+
+def accounts_without_password() -> set[str]:
+    """Return the accounts that useradd made and nobody gave a password (shadow(5)).
+
+    `!` before a password is something else: somebody has locked that account.
+    """
+    lines = Path("/etc/shadow").read_text().splitlines()
+    return {line.split(":")[0] for line in lines if line.split(":")[1:2] == ["!"]}
+
+
+def is_closed(username: str) -> bool:
+    """Say whether `remove_account` has closed this account (shadow(5), field 8)."""
+    lines = Path("/etc/shadow").read_text().splitlines()
+    fields = [line.split(":") for line in lines if line.startswith(f"{username}:")]
+    return any(field[7:8] == ["1"] for field in fields)
+
+
+def set_missing_passwords(students: Iterable[Student]) -> None:
+    """Give our accounts that have no system password the one in the list.
+
+    All go through one pipe, since anyone can read arguments.
+    """
+    without = accounts_without_password()
+    lines = "".join(
+        f"{student.username}:{student.sys_pass}\n"
+        for student in students
+        if student.username in without
+        and (account := find_account(student.username))
+        and is_ours(account)
+    )
+    if lines:
+        run_program(["chpasswd"], lines)
+
+
+def make_password(length: int) -> str:
+    return "".join(secrets.choice(PASSWORD_ALPHABET) for _ in range(length))
+
+
+def remove_account(account: pwd.struct_passwd) -> None:
+    """Delete an account of ours, whatever its processes do, and its home.
+
+    The account is closed first, so that neither ssh nor cron start anything new.
+
+    Raises: Error if processes or mounts are in the way; what is left can be removed by
+    the same call again.
+    """
+    for mount in mounts_below(account.pw_dir):
+        raise Error(f"something is mounted at {mount!r}; umount it, then remove again")
+    run_program(["usermod", "--expiredate", "1", "--", account.pw_name])
+    Path("/var/spool/cron/crontabs", account.pw_name).unlink(missing_ok=True)
+    kill_everything(account)
+    clear_runtime_dir(account.pw_uid)
+    delete_public_files(account.pw_uid)
+    home = []
+    if os.path.lexists(account.pw_dir):
+        home = ["--remove"]
+        # userdel cannot remove directories that are nested a thousand deep.
+        run_program(["find", account.pw_dir, "-xdev", "-mindepth", "1", "-delete"])
+    try:
+        run_program(["userdel", *home, "--", account.pw_name])
+    except Error:  # unless a remove that was killed had just called it
+        if find_account(account.pw_name):
+            raise
+
+
+def delete_public_files(uid: int) -> None:
+    """Delete what a user has where everyone may write: the next one may get the uid."""
+    for directory in ("/tmp", "/var/tmp", "/dev/shm"):
+        with contextlib.suppress(Error):  # a directory that has files of others in it
+            run_program(["find", directory, "-xdev", "-uid", str(uid), "-delete"])
+
+
+def mounts_below(directory: str) -> list[str]:
+    """Return the mount points inside a directory, which userdel would empty."""
+    return [
+        mount.mountpoint
+        for mount in psutil.disk_partitions(all=True)
+        if os.path.normpath(mount.mountpoint).startswith(directory.rstrip("/") + "/")
+    ]
+
+
+def leave_group(username: str, group: str) -> None:
+    with contextlib.suppress(KeyError):
+        if username in grp.getgrnam(group).gr_mem:
+            run_program(["gpasswd", "--delete", username, group])
+
+
+def remove_empty_group(group: str) -> bool:
+    """Delete the group when nobody is in it and it is not one of the system's."""
+    try:
+        entry = grp.getgrnam(group)
+    except KeyError:
+        return False
+    primary = any(account.pw_gid == entry.gr_gid for account in pwd.getpwall())
+    if entry.gr_mem or primary or entry.gr_gid < read_login_defs("GID_MIN", 1000):
+        return False
+    run_program(["groupdel", "--", group])
+    return True
+
+
+# -------------------------------------------------------------------------------------
+# Privileges
+# -------------------------------------------------------------------------------------
+
+
+class Identity(NamedTuple):
+    """The ids with which something is done."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+def identity_of(account: pwd.struct_passwd) -> Identity:
+    groups = os.getgrouplist(account.pw_name, account.pw_gid)
+    return Identity(account.pw_uid, account.pw_gid, tuple(groups))
+
+
+@contextlib.contextmanager
+def acting_as(identity: Identity) -> Iterator[None]:
+    """Use the effective ids of a user for the system calls within.
+
+    The real and saved ids stay root's, so that the user can neither signal nor trace
+    this process, nor hold it up in a FUSE file system of theirs. Ids belong to the
+    whole process, which must have one thread. Source: credentials(7).
+    """
+    if identity.uid == os.geteuid():
+        yield
+        return
+    groups = os.getgroups()
+    try:
+        os.setgroups(identity.groups)
+        os.setegid(identity.gid)
+        os.seteuid(identity.uid)
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+
+
+def drop_privileges(identity: Identity) -> None:
+    """Become a user for good.
+
+    Raises: RuntimeError if anything of root's is left; the process must then end.
+    """
+    os.setgroups(identity.groups)
+    os.setresgid(identity.gid, identity.gid, identity.gid)
+    os.setresuid(identity.uid, identity.uid, identity.uid)
+    with contextlib.suppress(PermissionError):
+        os.setresuid(0, 0, 0)
+    ids = {*os.getresuid(), identity.uid}, {*os.getresgid(), identity.gid}
+    groups = set(os.getgroups())
+    if ids != ({identity.uid}, {identity.gid}) or groups != set(identity.groups):
+        raise RuntimeError(f"still has ids {ids} and groups {groups}")
+
+
+def obstacle_for_students(account: pwd.struct_passwd) -> str | None:
+    """Return the first file or directory of our software that a user cannot reach.
+
+    Students' kernels are executed with this interpreter and its libraries, with the
+    students' own rights.
+    """
+    targets = [sys.executable, os.__file__, shutil.__file__]
+    for package in ("notebook", "ipykernel", "zmq"):
+        spec = importlib.util.find_spec(package)
+        if spec and spec.origin:
+            targets.append(spec.origin)
+    with acting_as(identity_of(account)):
+        for target in targets:
+            for path in (target, os.path.realpath(target)):
+                for step in (*reversed(Path(path).parents), Path(path)):
+                    need = os.X_OK if step.is_dir() else os.R_OK
+                    if not os.access(step, need, effective_ids=True):
+                        return str(step)
+    return None
+
+
+def check_reachable() -> None:
+    """Refuse to go on with an interpreter that students cannot execute.
+
+    Raises: UsageError that names the first directory in the way.
+    """
+    if not importlib.util.find_spec("notebook"):
+        raise UsageError(
+            f"{sys.executable} has no Jupyter Notebook; run the notebooks.py that"
+            " `sudo make install` puts into /usr/local/bin"
+        )
+    step = obstacle_for_students(pwd.getpwnam("nobody"))
+    if step:
+        raise UsageError(
+            f"students cannot execute {sys.executable}: {step} is closed to them;"
+            " install notebooks.py where everyone may read, as `sudo make install` does"
+            " (into /opt/notebooks), or open that directory with"
+            f" `chmod a+rx {shlex.quote(step)}`"
+        )
+
+
+# -------------------------------------------------------------------------------------
+# Processes of students
+# -------------------------------------------------------------------------------------
+
+# What a command line runs at the root of a tree of Jupyter's processes, besides our
+# servers, which have their title, and kernels of any language with a connection file.
+JUPYTER_PROGRAMS = {
+    *("jupyter-notebook", "jupyter-lab", "jupyter-server", "jupyter-nbclassic"),
+    *("jupyter-kernel", "notebook", "jupyterlab", "jupyter_server", "nbclassic"),
+    *("ipykernel", "ipykernel_launcher"),
+}
+JUPYTER_COMMANDS = {"notebook", "lab", "server", "nbclassic", "kernel"}
+CONNECTION_FILE = re.compile(rf"{re.escape(str(RUNTIME_DIR))}/\d+/kernel-.*\.json")
+
+
+def program_words(argv: Sequence[str]) -> list[str]:
+    """Return a command line from the program on: a Python's module or script counts."""
+    words = list(argv) or [""]
+    if re.fullmatch(r"python[\d.]*", os.path.basename(words[0])):
+        for position, word in enumerate(words[1:], 1):
+            if word == "-m" or not word.startswith("-"):
+                words = words[position + (word == "-m") :] or [""]
+                break
+    return [os.path.basename(words[0]), *words[1:]]
+
+
+def is_jupyter(argv: Sequence[str]) -> bool:
+    """Say whether a command line is that of a notebook server or of a kernel."""
+    program, *rest = program_words(argv)
+    return (
+        program in JUPYTER_PROGRAMS
+        or (program == "jupyter" and bool(rest) and rest[0] in JUPYTER_COMMANDS)
+        or " ".join(argv).startswith(SERVER_TITLE)
+        or any(map(CONNECTION_FILE.fullmatch, argv))
+    )
+
+
+def read_status(pid: int) -> tuple[int, bool]:
+    """Return the real uid of a process and whether it is alive.
+
+    Read here and not by psutil, whose patterns also match a name that a process gave
+    itself (`Uid: 0`). A process whose first thread is dead may have others that live.
+    Source: proc(5), /proc/PID/status. Raises: ProcessLookupError.
+    """
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+    fields = dict(re.findall(r"^(State|Uid|Threads):\t(\w+)", text, re.MULTILINE))
+    return int(fields["Uid"]), fields["State"] not in "ZX" or int(fields["Threads"]) > 1
+
+
+def processes_by_uid(uids: Iterable[int]) -> dict[int, list[psutil.Process]]:
+    """Return the processes that run under each real uid, without dead ones."""
+    found: dict[int, list[psutil.Process]] = {uid: [] for uid in uids}
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            uid, alive = read_status(pid)
+            if alive and uid in found:
+                found[uid].append(psutil.Process(pid))
+    return found
+
+
+def jupyter_processes(
+    processes: Iterable[psutil.Process], known: set[int]
+) -> list[psutil.Process]:
+    """Return those of one user's processes that are Jupyter's.
+
+    These are servers and kernels, whoever started them, what descends from them, and
+    what is in a session that one of these leads. An ssh login or a tmux leads its own.
+    Their pids are added to `known`, so that families are recognized without a parent.
+    """
+    facts = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            family = {process.ppid(), os.getsid(process.pid)}
+            facts[process.pid] = process, process.cmdline(), family
+    found = {pid for pid, fact in facts.items() if is_jupyter(fact[1])}
+    while found - known:
+        known |= found
+        found |= {pid for pid, fact in facts.items() if fact[2] & known}
+    found |= {pid for pid, fact in facts.items() if fact[2] & known}
+    return [facts[pid][0] for pid in sorted(found)]
+
+
+def signal_process(process: psutil.Process, uid: int, number: int) -> None:
+    """Send a signal to a process if it runs under that uid, and to no other.
+
+    The descriptor names one process, whatever becomes of its pid: pidfd_open(2).
+    """
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        fd = os.pidfd_open(process.pid)
+        try:
+            if read_status(process.pid)[0] == uid:
+                signal.pidfd_send_signal(fd, number)
+        finally:
+            os.close(fd)
+
+
+def stop_jupyter(uids: Sequence[int]) -> dict[int, int]:
+    """End the Jupyter processes of all these users at once.
+
+    They get SIGTERM, a grace period, then SIGKILL for as long as new ones appear.
+
+    Returns: for each uid how many are left: 0, unless its processes keep forking.
+    """
+    known: dict[int, set[int]] = {uid: set() for uid in uids}
+
+    def find_jupyter() -> dict[int, list[psutil.Process]]:
+        return {
+            uid: jupyter_processes(processes, known[uid])
+            for uid, processes in processes_by_uid(uids).items()
+        }
+
+    running = find_jupyter()
+    start = time.monotonic()
+    number = signal.SIGTERM
+    signalled: set[psutil.Process] = set()
+    while any(running.values()) and time.monotonic() < start + GRACE_SECONDS * 2:
+        if number == signal.SIGTERM and time.monotonic() > start + GRACE_SECONDS:
+            number = signal.SIGKILL
+        for uid, processes in running.items():
+            for process in processes:
+                if number == signal.SIGKILL or process not in signalled:
+                    signal_process(process, uid, number)
+                    signalled.add(process)
+        time.sleep(0.1)
+        running = find_jupyter()
+    return {uid: len(processes) for uid, processes in running.items()}
+
+
+def kill_everything(account: pwd.struct_passwd) -> None:
+    """Kill every process of a user, also those that fork faster than anyone can look.
+
+    Raises: Error if some remain.
+    """
+    identity = identity_of(account)
+    deadline = time.monotonic() + KILL_SECONDS
+    while True:
+        killed = kill_all_at_once(identity)
+        left = processes_by_uid([identity.uid])[identity.uid]
+        if killed and not left:
+            return
+        if time.monotonic() > deadline:
+            raise Error("processes of theirs cannot be killed; is one stuck on a disk?")
+        for process in left:
+            signal_process(process, identity.uid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def kill_all_at_once(identity: Identity) -> bool:
+    """Let the kernel kill all processes of a user in one step, and say if it did.
+
+    A child becomes the user: kill(2) with pid -1 then reaches all of theirs, spares
+    only the caller, and no fork escapes it. The user's processes may kill or stop the
+    child before it comes to that.
+    """
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            drop_privileges(identity)
+            os.kill(-1, signal.SIGKILL)
+            status = 0
+        finally:
+            os._exit(status)
+    _, wait_status = os.waitpid(pid, os.WUNTRACED)
+    if os.WIFSTOPPED(wait_status):
+        os.kill(pid, signal.SIGKILL)
+        _, wait_status = os.waitpid(pid, 0)
+    return wait_status == 0
+
+
+def for_each_student(
+    function: Callable[[Student], Result], students: Iterable[Student]
+) -> Iterator[tuple[Student, Result | Error]]:
+    """Call a function for several students at once, each in a process of its own.
+
+    Effective ids belong to a whole process, so threads cannot do this. Yields what the
+    function returned, or the Error that it ended in, as they come.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting = list(students)[::-1]
+    running: dict[multiprocessing.connection.Connection, tuple[Student, Any]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                student = waiting.pop()
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=report_result, args=(function, student, theirs)
+                )
+                process.start()
+                theirs.close()
+                running[ours] = student, process
+            for ready in multiprocessing.connection.wait(list(running)):
+                assert isinstance(ready, multiprocessing.connection.Connection)
+                student, process = running.pop(ready)
+                try:
+                    result = ready.recv()
+                except EOFError:
+                    result = Error("its process ended unexpectedly; out of memory?")
+                ready.close()
+                process.join()
+                yield student, result
+    finally:
+        for connection, (_, process) in running.items():
+            process.terminate()
+            process.join()
+            connection.close()
+
+
+def report_result(
+    function: Callable[[Student], Result],
+    student: Student,
+    connection: multiprocessing.connection.Connection,
+) -> None:
+    """Send what the function returns for a student.
+
+    Runs as: root, in a child. Ctrl-C and SIGTERM end it after its cleaning up.
+    """
+
+    def handle_sigterm(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, handle_sigterm)
+    signal.signal(signal.SIGINT, handle_sigterm)
+    result: Result | Error
+    try:
+        try:
+            result = function(student)
+        except Error as error:
+            result = error
+        except OSError as error:
+            result = Error(explain(error))
+        connection.send(result)
+    except KeyboardInterrupt:
+        os._exit(1)
+
+
+# -------------------------------------------------------------------------------------
+# Files
+# -------------------------------------------------------------------------------------
+
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Without O_NONBLOCK a FIFO, or a file with a lease on it (fcntl(2)), would hold us up.
+FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# What copy_file_range(2) says where it does not work, and a full disk (write(2)).
+NOT_SHARED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+TEMPORARY_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclasses.dataclass
+class CopyReport:
+    """What a copy did, in numbers of files, and the first things that went wrong."""
+
+    new: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    skipped: int = 0
+    backups: int = 0
+    over_limit: int = 0
+    copied_bytes: int = 0
+    failed: int = 0
+    first_failure: str = ""
+
+    def add(self, other: "CopyReport") -> None:
+        """Add the numbers of another report."""
+        for name, value in dataclasses.asdict(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+
+    def fail(self, path: Path, error: OSError) -> None:
+        self.failed += 1
+        self.first_failure = self.first_failure or f"{str(path)!r}: {error.strerror}"
+
+    @property
+    def problem(self) -> str:
+        """What the teacher has to know besides the numbers."""
+        problems = []
+        if self.failed:
+            problems.append(f"{self.failed} not copied, first {self.first_failure}")
+        if self.over_limit:
+            problems.append(f"{self.over_limit} left out, over the limit")
+        return "; ".join(problems)
+
+    def __str__(self) -> str:
+        text = f"{self.new} new, {self.updated} updated, {self.unchanged} unchanged"
+        if self.backups:
+            text += f", {self.backups} kept as backups"
+        if self.skipped:
+            text += f", {self.skipped} skipped (links and other special files)"
+        return text
+
+
+def open_directory(
+    start: Path, parts: Iterable[str], identity: Identity, create: bool = False
+) -> int:
+    """Return a descriptor of a directory below `start`, through no symbolic link.
+
+    Runs as: `identity`, with which missing directories are made too.
+
+    Raises: Error that names the directory which is missing, a link or not accessible.
+    """
+    path = start
+    with acting_as(identity):
+        try:
+            fd = os.open(start, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            for part in parts:
+                path = path / part
+                if create:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, 0o700, dir_fd=fd)
+                parent, fd = fd, -1
+                try:
+                    fd = os.open(part, DIRECTORY_FLAGS, dir_fd=parent)
+                finally:
+                    os.close(parent)
+        except NotADirectoryError:
+            raise Error(
+                f"{str(path)!r} is a link or a file, not a directory: not followed"
+            ) from None
+        except OSError as error:
+            raise Error(f"{str(path)!r}: {error.strerror}") from None
+    return fd
+
+
+def copy_data(source_fd: int, destination_fd: int, size: int) -> int:
+    """Copy up to `size` bytes in the kernel and return how many there were.
+
+    copy_file_range(2) shares extents where the file system can; sendfile(2) works
+    between any two.
+    """
+    copied = 0
+    sharing = True
+    while copied < size:
+        wanted = min(size - copied, COPY_CHUNK_BYTES)
+        try:
+            if sharing:
+                count = os.copy_file_range(source_fd, destination_fd, wanted)
+            else:
+                count = os.sendfile(destination_fd, source_fd, None, wanted)
+        except OSError as error:
+            if not sharing or copied or error.errno not in NOT_SHARED:
+                raise
+            sharing = False
+            continue
+        if count == 0:
+            break
+        copied += count
+    return copied
+
+
+def same_content(first_fd: int, second_fd: int) -> bool:
+    """Compare two files from their beginnings, and leave both positions there."""
+    offset = 0
+    while True:
+        first = os.pread(first_fd, 1 << 18, offset)
+        if first != os.pread(second_fd, 1 << 18, offset):
+            return False
+        if not first:
+            return True
+        offset += len(first)
+
+
+class TreeCopy:
+    """A recursive copy that reads as one user and writes as another.
+
+    It walks by descriptors, never by paths, so that nobody who moves, links or replaces
+    something meanwhile can lead it elsewhere. Only regular files and directories of the
+    source's own file system are copied. A file is written beside its destination and
+    renamed over it: there is never half a file, and a link there is replaced.
+    """
+
+    def __init__(
+        self,
+        reader: Identity,
+        writer: Identity,
+        backup: bool = False,
+        limit: int | None = None,
+        wanted: Callable[[Path], bool] = lambda path: True,
+        dry_run: bool = False,
+    ) -> None:
+        """Prepare a copy.
+
+        backup: what is overwritten with something else is kept as `name.~1~` and so on.
+        limit: in bytes of all files of the source, each of which counts ENTRY_BYTES at
+        least. wanted: which relative paths to copy. dry_run: only count.
+        """
+        self.reader = reader
+        self.writer = writer
+        self.backup = backup
+        self.limit = limit
+        self.wanted = wanted
+        self.dry_run = dry_run
+        self.report = CopyReport()
+        self.device = -1
+
+    def run(self, source_fd: int, destination_fd: int) -> CopyReport:
+        """Copy what is in one directory into another; both are closed.
+
+        Raises: Error if the destination can take no more.
+        """
+        try:
+            self.device = os.fstat(source_fd).st_dev
+            self.copy_directory(source_fd, destination_fd, Path())
+        finally:
+            os.close(source_fd)
+            if destination_fd >= 0:
+                os.close(destination_fd)
+        return self.report
+
+    def charge(self, size: int) -> bool:
+        """Take from the limit and say whether that was possible."""
+        if self.limit is None:
+            return True
+        if size > self.limit:
+            return False
+        self.limit -= size
+        return True
+
+    def copy_directory(self, source_fd: int, destination_fd: int, path: Path) -> None:
+        if destination_fd >= 0 and not self.dry_run:
+            self.remove_parts(destination_fd)
+        with os.scandir(source_fd) as entries:
+            for entry in entries:
+                is_part = entry.name.startswith(PART_PREFIX)
+                if is_part or not self.wanted(path / entry.name):
+                    continue
+                if not self.charge(ENTRY_BYTES):
+                    self.report.over_limit += 1
+                    return
+                try:
+                    self.copy_entry(entry, source_fd, destination_fd, path)
+                except OSError as error:
+                    if error.errno in FULL:
+                        raise Error(f"{error.strerror}; {self.report}") from None
+                    self.report.fail(path / entry.name, error)
+
+    def remove_parts(self, directory_fd: int) -> None:
+        """Remove what a copy that was killed has left in a directory."""
+        with acting_as(self.writer):
+            for name in os.listdir(directory_fd):
+                if name.startswith(PART_PREFIX):
+                    with contextlib.suppress(OSError):
+                        os.unlink(name, dir_fd=directory_fd)
+
+    def copy_entry(
+        self, entry: "os.DirEntry[str]", source_fd: int, destination_fd: int, path: Path
+    ) -> None:
+        """Copy one entry of a directory, if it is something that is copied."""
+        is_directory = entry.is_dir(follow_symlinks=False)
+        if not is_directory and not entry.is_file(follow_symlinks=False):
+            self.report.skipped += 1
+            return
+        with acting_as(self.reader):
+            flags = DIRECTORY_FLAGS if is_directory else FILE_FLAGS
+            fd = os.open(entry.name, flags, dir_fd=source_fd)
+        try:
+            info = os.fstat(fd)
+            if stat.S_ISDIR(info.st_mode):
+                if info.st_dev != self.device or len(path.parts) >= MAX_DEPTH:
+                    self.report.skipped += 1
+                else:
+                    self.enter_directory(entry.name, info, fd, destination_fd, path)
+            elif not stat.S_ISREG(info.st_mode):
+                self.report.skipped += 1
+            elif not self.charge(max(info.st_size - ENTRY_BYTES, 0)):
+                self.report.over_limit += 1
+            else:
+                self.copy_file(entry.name, info, fd, destination_fd)
+        finally:
+            os.close(fd)
+
+    def enter_directory(
+        self, name: str, info: os.stat_result, fd: int, destination_fd: int, path: Path
+    ) -> None:
+        """Copy a directory into one of the same name, made if it is missing."""
+        inner_fd = -1
+        with acting_as(self.writer):
+            if not self.dry_run:
+                self.ensure_directory(name, destination_fd)
+            if destination_fd >= 0:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    inner_fd = os.open(name, DIRECTORY_FLAGS, dir_fd=destination_fd)
+        try:
+            self.copy_directory(fd, inner_fd, path / name)
+            if not self.dry_run:
+                with acting_as(self.writer):
+                    os.fchmod(inner_fd, info.st_mode & 0o777 | 0o700)
+        finally:
+            if inner_fd >= 0:
+                os.close(inner_fd)
+
+    def ensure_directory(self, name: str, destination_fd: int) -> None:
+        """Make a directory; what else has that name is moved aside, links too."""
+        try:
+            os.mkdir(name, 0o700, dir_fd=destination_fd)
+        except FileExistsError:
+            info = os.stat(name, dir_fd=destination_fd, follow_symlinks=False)
+            if not stat.S_ISDIR(info.st_mode):
+                self.move_aside(name, destination_fd)
+                os.mkdir(name, 0o700, dir_fd=destination_fd)
+
+    def move_aside(self, name: str, directory_fd: int) -> None:
+        """Rename a file or directory to the first of `name.~1~`... that is free."""
+        stem = os.fsdecode(os.fsencode(name)[:240])  # of the 255 bytes that it may have
+        for number in itertools.count(1):
+            backup = f"{stem}.~{number}~"
+            try:
+                os.stat(backup, dir_fd=directory_fd, follow_symlinks=False)
+            except FileNotFoundError:
+                break
+        os.rename(name, backup, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+        self.report.backups += 1
+
+    def compare(
+        self, name: str, info: os.stat_result, fd: int, destination_fd: int
+    ) -> str:
+        """Say what a file is to the destination: new, updated, unchanged or blocked.
+
+        A file with another's size and modification time, to the nanosecond, is taken to
+        be unchanged. Blocked: a directory is in its place. Runs as: the writer.
+        """
+        if destination_fd < 0:
+            return "new"
+        try:
+            old_fd = os.open(name, FILE_FLAGS, dir_fd=destination_fd)
+        except FileNotFoundError:
+            return "new"
+        except OSError:
+            return "updated"
+        try:
+            old = os.fstat(old_fd)
+            if stat.S_ISDIR(old.st_mode):
+                return "blocked"
+            if not stat.S_ISREG(old.st_mode) or old.st_size != info.st_size:
+                return "updated"
+            same = old.st_mtime_ns == info.st_mtime_ns or same_content(fd, old_fd)
+            return "unchanged" if same else "updated"
+        finally:
+            os.close(old_fd)
+
+    def copy_file(
+        self, name: str, info: os.stat_result, fd: int, destination_fd: int
+    ) -> None:
+        """Copy one regular file unless the destination has the same already.
+
+        Runs as: the writer, so that the data count for their quota.
+        """
+        with acting_as(self.writer):
+            change = self.compare(name, info, fd, destination_fd)
+            if change != "unchanged" and not self.dry_run:
+                aside = change == "blocked" or change == "updated" and self.backup
+                self.replace_file(name, info, fd, destination_fd, aside)
+        if change == "unchanged":
+            self.report.unchanged += 1
+        elif change == "new":
+            self.report.new += 1
+        else:
+            self.report.updated += 1
+
+    def replace_file(
+        self,
+        name: str,
+        info: os.stat_result,
+        fd: int,
+        destination_fd: int,
+        aside: bool,
+    ) -> None:
+        """Write a file under another name, then rename it to its own."""
+        temporary = PART_PREFIX + secrets.token_hex(8)
+        new_fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=destination_fd)
+        try:
+            self.report.copied_bytes += copy_data(fd, new_fd, info.st_size)
+            os.fchmod(new_fd, info.st_mode & 0o777 | 0o600)
+            os.utime(new_fd, ns=(info.st_mtime_ns, info.st_mtime_ns))
+            if aside:
+                self.move_aside(name, destination_fd)
+            os.rename(
+                temporary, name, src_dir_fd=destination_fd, dst_dir_fd=destination_fd
+            )
+        except BaseException:
+            os.unlink(temporary, dir_fd=destination_fd)
+            raise
+        finally:
+            os.close(new_fd)
+
+
+def format_bytes(count: int) -> str:
+    """Return a number of bytes as people read it, such as 1.5 GB."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def is_profile_file(path: Path) -> bool:
+    """Say whether a path of an IPython profile is given to students."""
+    python = path.suffix == ".py" and path.parent in (Path(), Path("startup"))
+    return python or path == Path("startup")
+
+
+def ensure_home(account: pwd.struct_passwd) -> None:
+    """Make the home of an account of ours, private from its first moment.
+
+    A home that exists is left as it is. Source: useradd(8), the skeleton directory.
+    """
+    if not is_ours(account) or os.path.lexists(account.pw_dir):
+        return
+    os.mkdir(account.pw_dir, 0o700)
+    os.chown(account.pw_dir, account.pw_uid, account.pw_gid)
+    if os.path.isdir("/etc/skel"):
+        root, student = Identity(0, 0, (0,)), identity_of(account)
+        source_fd = open_directory(Path("/etc/skel"), (), root)
+        destination_fd = open_directory(Path(account.pw_dir), (), student)
+        TreeCopy(root, student).run(source_fd, destination_fd)
+
+
+def profile_dir(profile: str) -> Path:
+    """Return where the invoking user has an IPython profile, or would have it."""
+    return Path(invoking_account().pw_dir, ".ipython", f"profile_{profile}")
+
+
+def copy_profile(profile: str, account: pwd.struct_passwd) -> CopyReport:
+    """Give a student the invoking user's IPython profile."""
+    source = profile_dir(profile)
+    reader, writer = identity_of(invoking_account()), identity_of(account)
+    source_fd = open_directory(source, (), reader)
+    try:
+        destination_fd = open_directory(
+            Path(account.pw_dir), source.parts[-2:], writer, create=True
+        )
+    except Error:
+        os.close(source_fd)
+        raise
+    return TreeCopy(reader, writer, wanted=is_profile_file).run(
+        source_fd, destination_fd
+    )
+
+
+def ensure_runtime_dir(account: pwd.struct_passwd) -> Path:
+    """Make the private directory of a student's runtime files."""
+    directory = RUNTIME_DIR / str(account.pw_uid)
+    RUNTIME_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    os.chown(directory, account.pw_uid, account.pw_gid, follow_symlinks=False)
+    return directory
+
+
+def clear_runtime_dir(uid: int) -> None:
+    """Remove what servers and kernels left; rm(1) follows no links, at any depth."""
+    remove = ["rm", "-rf", "--one-file-system", "--"]
+    run_program([*remove, str(RUNTIME_DIR / str(uid))])
+    if RUNTIME_DIR.exists() and os.listdir(RUNTIME_DIR) == [CONFIG_DIR.name]:
+        run_program([*remove, str(RUNTIME_DIR)])
+
+
+# -------------------------------------------------------------------------------------
+# Certificate
+# -------------------------------------------------------------------------------------
+
+
+class Certificate(NamedTuple):
+    """A PEM certificate chain and the file its key is in; only root need read them."""
+
+    cert_file: Path
+    key_file: Path
+
+    def context(self) -> ssl.SSLContext:
+        """Return a TLS server's context.
+
+        Raises: UsageError that says what is wrong with the files.
+        """
+        texts = []
+        for path in self:
+            try:
+                texts.append(path.read_text("latin-1"))
+            except OSError as error:
+                raise UsageError(
+                    f"{path}: the certificate or its key cannot be read:"
+                    f" {error.strerror}; see the keys cert_file and key_file"
+                ) from None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.cert_file, self.key_file, lambda: b"")
+        except (ssl.SSLError, ValueError) as error:
+            fault = self.fault(texts[0], texts[1], error)
+            raise UsageError(f"{self.cert_file}: {fault}") from None
+        return context
+
+    def fault(self, cert_text: str, key_text: str, error: Exception) -> str:
+        """Say why OpenSSL refused the certificate or the key."""
+        reason = getattr(error, "reason", "")
+        if "BEGIN CERTIFICATE" not in cert_text:
+            return "there is no certificate in it (PEM format)"
+        if "PRIVATE KEY" not in key_text:
+            return f"there is no key in {self.key_file} (PEM format); see key_file"
+        if "ENCRYPTED" in key_text:
+            return f"the key in {self.key_file} has a passphrase; remove that"
+        if reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH") or (
+            reason == "NO_CERTIFICATE_ASSIGNED"
+        ):
+            return f"the key in {self.key_file} is another certificate's"
+        return f"cannot be used for TLS: {reason or error}"
+
+    def valid_for(self, days: int) -> bool:
+        """Say whether it will still be valid in so many days."""
+        command = ["openssl", "x509", "-noout", "-in", str(self.cert_file)]
+        try:
+            run_program([*command, "-checkend", str(days * 86400)])
+        except Error:
+            return False
+        return True
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 fingerprint that browsers show."""
+        command = ["openssl", "x509", "-noout", "-fingerprint", "-sha256", "-in"]
+        return run_program([*command, str(self.cert_file)]).strip().partition("=")[2]
+
+    def names(self) -> set[str]:
+        """Return the subject alternative names, as openssl prints them."""
+        command = ["openssl", "x509", "-noout", "-ext", "subjectAltName", "-in"]
+        lines = run_program([*command, str(self.cert_file)]).splitlines()
+        return {name.strip() for line in lines[1:] for name in line.split(",")}
+
+
+def host_names(config: Config) -> list[str]:
+    """Return this host's names and addresses, as `subjectAltName` wants them.
+
+    Left out are IPv6 addresses that change by themselves: link-local and temporary.
+    Source: /proc/net/if_inet6 (scope in column 4, flags in 5; 0x01 is IFA_F_TEMPORARY).
+    """
+    addresses = {"127.0.0.1", "::1"}
+    for entries in psutil.net_if_addrs().values():
+        addresses |= {each.address for each in entries if each.family == socket.AF_INET}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            number, _, _, scope, flags, *_ = line.split()
+            if scope == "00" and not int(flags, 16) & 1:
+                addresses.add(str(ipaddress.IPv6Address(int(number, 16))))
+    names = {socket.gethostname(), socket.getfqdn(), "localhost"}
+    address = config.server_address.strip("[]").replace("{username}", "*")
+    if address:
+        try:
+            addresses.add(str(ipaddress.ip_address(address)))
+        except ValueError:
+            names |= {address, address.removeprefix("*.")}
+    return [f"DNS:{name}" for name in sorted(names)] + [
+        f"IP:{address}" for address in sorted(addresses)
+    ]
+
+
+def make_certificate(path: Path, names: Sequence[str]) -> None:
+    """Write a self-signed certificate and its key into one file of mode 0600."""
+    with tempfile.TemporaryDirectory(prefix="notebooks-") as directory:
+        key, cert = Path(directory, "key.pem"), Path(directory, "cert.pem")
+        run_program(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-sha256"]
+            + ["-pkeyopt", "ec_paramgen_curve:P-256", "-days", str(CERTIFICATE_DAYS)]
+            + [
+                "-subj",
+                "/CN=notebooks.py",
+                "-addext",
+                f"subjectAltName={','.join(names)}",
+            ]
+            + ["-addext", "extendedKeyUsage=serverAuth"]
+            + ["-keyout", str(key), "-out", str(cert)]
+        )
+        fd, temporary = tempfile.mkstemp(prefix=".certificate-", dir=path.parent)
+        with open(fd, "w") as file:
+            file.write(cert.read_text() + key.read_text())
+            file.flush()
+            os.fsync(fd)
+        os.rename(temporary, path)
+
+
+def ensure_certificate(config: Config) -> Certificate:
+    """Return the configured certificate, or our own, made anew where it has to be.
+
+    Raises: UsageError if it cannot be used.
+    """
+    if config.cert_file:
+        certificate = Certificate(config.cert_file, config.key_file or config.cert_file)
+        certificate.context()
+        if not certificate.valid_for(0):
+            raise UsageError(
+                f"{config.cert_file}: the certificate has expired; renew it"
+            )
+        if not certificate.valid_for(CERTIFICATE_WARNING_DAYS):
+            log.warning(
+                "%s: the certificate expires within %d days",
+                config.cert_file,
+                CERTIFICATE_WARNING_DAYS,
+            )
+        return certificate
+    path = config.path.parent / CERTIFICATE_NAME
+    certificate = Certificate(path, path)
+    names = host_names(config)
+    if not path.exists():
+        make_certificate(path, names)
+    certificate.context()
+    known = {name.replace("IP Address:", "IP:") for name in certificate.names()}
+    known = {normal_name(name) for name in known}
+    missing = [name for name in names if name not in known]
+    if missing or not certificate.valid_for(CERTIFICATE_WARNING_DAYS):
+        log.warning("%s: made anew for %s", path, ", ".join(missing) or "its age")
+        make_certificate(path, names)
+    return certificate
+
+
+def normal_name(name: str) -> str:
+    """Write an address of a certificate as `host_names` does (openssl: 0:0:...:1)."""
+    kind, _, value = name.partition(":")
+    return f"IP:{ipaddress.ip_address(value)}" if kind == "IP" else name
+
+
+# -------------------------------------------------------------------------------------
+# Messages between our processes
+# -------------------------------------------------------------------------------------
+
+
+def send_message(
+    channel: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()
+) -> None:
+    """Send one message with descriptors.
+
+    Shapes: a record of a SOCK_SEQPACKET socket, JSON in UTF-8. Raises: OSError if the
+    other side is gone.
+    """
+    socket.send_fds(channel, [json.dumps(message).encode()], list(fds))
+
+
+def receive_message(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Receive one message; its descriptors are closed on exec.
+
+    Raises: EOFError if the other side is gone.
+    """
+    size = MAX_MESSAGE_DESCRIPTORS * 4
+    try:
+        data, ancillary, _, _ = channel.recvmsg(
+            MAX_MESSAGE_BYTES, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC
+        )
+    except ConnectionError:
+        data, ancillary = b"", []
+    if not data:
+        raise EOFError
+    fds = [
+        int.from_bytes(content[i : i + 4], sys.byteorder)
+        for level, kind, content in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for i in range(0, len(content), 4)
+    ]
+    return json.loads(data), fds
+
+
+# -------------------------------------------------------------------------------------
+# The notebook server of a student
+# -------------------------------------------------------------------------------------
+
+# Imported before the first fork, so that servers share it: what a running server would
+# import by and by. tests/test_server.py finds out what is missing here.
+SERVER_MODULES = (
+    "anyio._backends._asyncio",
+    "babel.dates",
+    "ipykernel.kernelspec",
+    "jinja2.ext",
+    "jupyter_core.migrate",
+    "jupyter_server.kernelspecs.handlers",
+    "jupyter_server.services.api.handlers",
+    "jupyter_server.services.config.handlers",
+    "jupyter_server.services.contents.handlers",
+    "jupyter_server.services.events.handlers",
+    "jupyter_server.services.kernels.handlers",
+    "jupyter_server.services.kernelspecs.handlers",
+    "jupyter_server.services.security.handlers",
+    "jupyter_server.services.sessions.handlers",
+    "jupyter_server.services.shutdown",
+    "jupyter_server.view.handlers",
+    "jupyter_server_terminals.api_handlers",
+    "jupyter_server_terminals.app",
+    "jupyterlab.labapp",
+    "notebook.app",
+    "notebook_shim.nbserver",
+    "terminado.management",
+    "tornado.platform.asyncio",
+)
+
+
+EXPORTS = (
+    *("asciidoc", "html", "latex", "markdown", "notebook", "pdf", "python", "rst"),
+    *("script", "slides", "webpdf"),
+)
+EXPORT_SECONDS = 120.0
+JUPYTER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # it handles these
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerRequest:
+    """All that a student's server is told.
+
+    Shapes: crosses the process boundary as a JSON object. `password` is a hash in
+    Jupyter's format, `cookie_secret` hexadecimal.
+    """
+
+    username: str
+    port: int
+    url: str
+    password: str
+    cookie_secret: str
+    start_dir: str
+    profile: str
+    idle_minutes: int
+    cert_file: str
+    key_file: str
+
+
+def hash_password(password: str) -> str:
+    """Return a salted hash as jupyter_server checks it.
+
+    Source: jupyter_server.auth.security, format algorithm:salt:digest of password and
+    salt. One round is enough for 70 random bits that never touch a disk.
+    """
+    salt = secrets.token_hex(8)
+    digest = hashlib.sha256(password.encode() + salt.encode()).hexdigest()
+    return f"sha256:{salt}:{digest}"
+
+
+def server_environment(account: pwd.struct_passwd) -> dict[str, str]:
+    """Return the whole environment of a student's server, kernels and terminals."""
+    return {
+        "HOME": account.pw_dir,
+        "USER": account.pw_name,
+        "LOGNAME": account.pw_name,
+        "SHELL": account.pw_shell,
+        "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+        "LANG": os.environ.get("LANG", "C.UTF-8"),
+        "JUPYTER_RUNTIME_DIR": str(RUNTIME_DIR / str(account.pw_uid)),
+    }
+
+
+def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
+    """Return the traitlets configuration of a student's server."""
+    from traitlets.config import Config as Settings
+
+    config_dir = Path(account.pw_dir, ".jupyter")
+    start_dir = Path(account.pw_dir, request.start_dir)
+    idle_seconds = request.idle_minutes * 60
+    # What these took from the template's environment when they were imported.
+    lab = {
+        "user_settings_dir": str(config_dir / "lab/user-settings"),
+        "workspaces_dir": str(config_dir / "lab/workspaces"),
+    }
+    return Settings(
+        ServerApp={
+            "base_url": f"/{request.username}/",
+            "port": request.port,
+            "custom_display_url": request.url,
+            "certfile": request.cert_file,  # for its name; the key was read before
+            "default_url": "/tree",
+            "root_dir": str(start_dir if start_dir.is_dir() else account.pw_dir),
+            "open_browser": False,
+            "allow_remote_access": True,
+            "cookie_secret": bytes.fromhex(request.cookie_secret),
+            "terminado_settings": {"shell_command": [account.pw_shell, "-l"]},
+            "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
+            "config_manager_class": config_manager_class(config_dir),
+            "kernel_spec_manager_class": kernel_spec_manager_class(request.profile),
+            "shutdown_no_activity_timeout": idle_seconds,
+        },
+        IdentityProvider={"token": ""},
+        PasswordIdentityProvider={
+            "hashed_password": request.password,
+            "password_required": True,
+            "allow_password_change": False,
+        },
+        # Over TCP any local user can connect to a kernel's IOPub port and read it.
+        KernelManager={"transport": "ipc"},
+        MappingKernelManager={
+            "cull_idle_timeout": idle_seconds,
+            "cull_connected": True,
+        },
+        TerminalManager={"cull_inactive_timeout": idle_seconds},
+        # To find its default, nbformat executes the configuration in the home.
+        NotebookNotary={"data_dir": str(Path(account.pw_dir, ".local/share/jupyter"))},
+        LabApp={**lab, "extension_manager": "readonly", "news_url": None},
+        JupyterNotebookApp=lab,
+        LabServerApp=lab,
+    )
+
+
+def config_manager_class(config_dir: Path) -> type:
+    """Return a manager that keeps the front end's settings in the student's home."""
+    from jupyter_server.services.config.manager import ConfigManager
+
+    class StudentConfigManager(ConfigManager):
+        def _default_write_config_dir(self) -> str:
+            return str(config_dir / self.config_dir_name)
+
+    return StudentConfigManager
+
+
+def kernel_spec_manager_class(profile: str) -> type:
+    """Return a manager whose Python kernels run with an IPython profile."""
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+
+    class StudentKernelSpecManager(KernelSpecManager):
+        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+            spec = super().get_kernel_spec(kernel_name)
+            exists = Path.home().joinpath(".ipython", f"profile_{profile}").is_dir()
+            if profile and exists and "ipykernel_launcher" in spec.argv:
+                spec.argv.append(f"--profile={profile}")
+            return spec
+
+    return StudentKernelSpecManager
+
+
+def server_class() -> type:
+    """Return a ServerApp that never runs nbconvert itself.
+
+    The templates of nbconvert are Python in disguise, and are looked up in the
+    student's home: they would run in a process that holds the host's key.
+    """
+    from jupyter_server.serverapp import ServerApp
+
+    class StudentServerApp(ServerApp):
+        name = "notebook"
+        default_services: tuple[str, ...] = tuple(  # type: ignore[assignment]
+            service for service in ServerApp.default_services if service != "nbconvert"
+        )
+
+    return StudentServerApp
+
+
+def export_handlers(base_url: str) -> list[tuple[str, type]]:
+    """Return handlers that keep the menu *Save and export as*.
+
+    They run `jupyter nbconvert` as a process of the student's, which holds no secrets.
+    """
+    from jupyter_server.auth.decorator import authorized
+    from jupyter_server.base.handlers import APIHandler, JupyterHandler, path_regex
+    from tornado import web
+
+    class ExportFormatsHandler(APIHandler):
+        auth_resource = "nbconvert"
+
+        @web.authenticated
+        @authorized
+        async def get(self) -> None:
+            await self.finish(
+                json.dumps({name: {"output_mimetype": ""} for name in EXPORTS})
+            )
+
+    class ExportHandler(JupyterHandler):
+        auth_resource = "nbconvert"
+
+        @property
+        def content_security_policy(self) -> str:
+            return f"{super().content_security_policy}; sandbox allow-scripts"
+
+        @web.authenticated
+        @authorized
+        async def get(self, export_format: str, path: str) -> None:
+            self.check_xsrf_cookie()
+            if export_format not in EXPORTS:
+                raise web.HTTPError(404, f"unknown export format {export_format}")
+            manager = self.contents_manager
+            model: Any = await manager.get(  # type: ignore[no-untyped-call]
+                path.strip("/"), content=False
+            )
+            source = os.path.join(manager.root_dir, model["path"])
+            try:
+                name, data = await export_notebook(export_format, source)
+            except Error as error:
+                raise web.HTTPError(500, f"nbconvert failed: {error}") from None
+            if self.get_argument("download", "false").lower() == "true":
+                self.set_attachment_header(name)
+            kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+            self.set_header("Content-Type", kind)
+            self.set_header("Cache-Control", "no-store")
+            await self.finish(data)
+
+    return [
+        (f"{base_url}api/nbconvert", ExportFormatsHandler),
+        (rf"{base_url}nbconvert/(?P<export_format>\w+){path_regex}", ExportHandler),
+    ]
+
+
+async def export_notebook(export_format: str, source: str) -> tuple[str, bytes]:
+    """Convert a notebook and return the result's name and content; several are zipped.
+
+    Raises: Error with the last line of what nbconvert said.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "nbconvert", "--to", export_format),
+            *("--output-dir", directory, "--", source),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd=directory,
+        )
+        try:
+            _, words = await asyncio.wait_for(process.communicate(), EXPORT_SECONDS)
+        except asyncio.TimeoutError:
+            process.kill()
+            raise Error(f"it took more than {EXPORT_SECONDS:.0f} seconds") from None
+        names = os.listdir(directory)
+        if process.returncode or not names:
+            lines = words.decode(errors="replace").strip().splitlines() or ["no output"]
+            raise Error(lines[-1])
+        if len(names) == 1:
+            return names[0], Path(directory, names[0]).read_bytes()
+        with tempfile.TemporaryDirectory() as zip_directory:
+            base = os.path.join(zip_directory, "export")
+            zipped = await asyncio.to_thread(
+                shutil.make_archive, base, "zip", directory
+            )
+            return f"{Path(source).stem}.zip", Path(zipped).read_bytes()
+
+
+def ensure_config_dir() -> None:
+    CONFIG_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
+    # Without this file jupyter_core takes the directory for one of IPython 3's.
+    (CONFIG_DIR / "migrated").touch(mode=0o644)
+
+
+def make_server(request: ServerRequest, account: pwd.struct_passwd) -> Any:
+    """Return the initialized application; nothing in the home has been executed.
+
+    Runs as: the student, in the directory `/`. The configuration directory is root's
+    while Jupyter looks for Python to execute; terminals and kernels do not see that.
+    """
+    os.environ["JUPYTER_CONFIG_DIR"] = str(CONFIG_DIR)
+    # The trash directory was worked out from the template's HOME at import.
+    importlib.reload(sys.modules["send2trash.plat_other"])
+    app = server_class()(config=server_settings(request, account))
+    app.no_browser_open_file = True
+    app.initialize(argv=[], new_httpserver=False)
+    app.web_app.add_handlers(".*$", export_handlers(app.base_url))
+    del os.environ["JUPYTER_CONFIG_DIR"]
+    return app
+
+
+def open_server_log() -> int:
+    """Return a descriptor of the log in the student's home, or of /dev/null.
+
+    Runs as: the student. A FIFO or a link in its place neither blocks nor leads away.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
+    with contextlib.suppress(OSError):
+        fd = os.open(Path.home() / SERVER_LOG, flags, 0o600)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            os.truncate(fd, 0)
+            return fd
+        os.close(fd)
+    return os.open(os.devnull, os.O_WRONLY)
+
+
+def move_output_to_log() -> None:
+    """Leave the terminal on which the launcher watched the start.
+
+    It may have been closed already, so that a flush would fail (EIO).
+    """
+    log_fd = open_server_log()
+    null_fd = os.open(os.devnull, os.O_RDONLY)
+    for fd, target in ((null_fd, 0), (log_fd, 1), (log_fd, 2)):
+        os.dup2(fd, target)
+    os.close(log_fd)
+    os.close(null_fd)
+
+
+def leave_session_keyring() -> None:
+    """Join a new session keyring: the launcher's may hold the teacher's keys.
+
+    Source: keyctl(2), KEYCTL_JOIN_SESSION_KEYRING, by its numbers. Raises: OSError.
+    """
+    number = {"x86_64": 250, "aarch64": 219, "riscv64": 219}.get(os.uname().machine)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if number and libc.syscall(number, 1, None, 0, 0, 0) < 0:
+        if ctypes.get_errno() != errno.ENOSYS:
+            raise OSError(ctypes.get_errno(), "keyctl: cannot join a session keyring")
+
+
+def run_server(request: ServerRequest, listener: socket.socket) -> None:
+    """Serve a student's notebooks until SIGTERM, or until they were idle for long.
+
+    Runs as: root, then the student, for good. The order matters: the key is read while
+    root may; nothing of the student's is read before the ids are dropped.
+    """
+    from tornado.httpserver import HTTPServer
+
+    account = pwd.getpwnam(request.username)
+    context = Certificate(Path(request.cert_file), Path(request.key_file)).context()
+    ensure_config_dir()
+    resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
+    setproctitle.setproctitle(SERVER_TITLE + request.username)
+    os.setsid()
+    drop_privileges(identity_of(account))
+    leave_session_keyring()
+    os.environ.clear()
+    os.environ.update(server_environment(account))
+    os.umask(0o077)
+    os.chdir("/")
+    app = make_server(request, account)
+    os.chdir(account.pw_dir)
+    server = HTTPServer(
+        app.web_app,
+        ssl_options=context,
+        max_body_size=app.max_body_size,
+        max_buffer_size=app.max_buffer_size,
+    )
+    listener.setblocking(False)
+    server.add_sockets([listener])
+    app.io_loop.add_callback(move_output_to_log)
+    app.start()
+
+
+# -------------------------------------------------------------------------------------
+# The template process
+# -------------------------------------------------------------------------------------
+
+
+def preload() -> None:
+    """Import what servers need, so that forks share it."""
+    warnings.simplefilter("ignore")
+    for module in SERVER_MODULES:
+        importlib.import_module(module)
+    # The first context makes OpenSSL load its tables: 2 MB that are then shared.
+    ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    rehearse_start()
+    gc.collect()
+    gc.freeze()
+
+
+def rehearse_start() -> None:
+    """Initialize a server that nobody uses, and throw it away.
+
+    What Jupyter works out and keeps in its modules at a first start is then shared by
+    all forks: each starts in half the CPU time and with 6 MB less of private memory.
+    """
+    from jupyter_server.gateway.gateway_client import GatewayClient
+    from tornado.ioloop import IOLoop
+
+    ensure_config_dir()
+    TEMPLATE_HOME.mkdir(mode=0o700, exist_ok=True)
+    account = pwd.struct_passwd(("", "", 0, 0, "", str(TEMPLATE_HOME), "/bin/sh"))
+    request = ServerRequest("", 0, "", "-", "00", ".", "", 0, "", "")
+    environment = dict(os.environ)
+    os.environ["HOME"] = account.pw_dir
+    handlers = {number: signal.getsignal(number) for number in JUPYTER_SIGNALS}
+    logging.disable(logging.CRITICAL)
+    make_server(request, account)
+    logging.disable(logging.NOTSET)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    GatewayClient.clear_instance()
+    IOLoop.current().close()
+    asyncio.set_event_loop(None)
+    shutil.rmtree(TEMPLATE_HOME)
+
+
+def run_template(channel: socket.socket) -> None:
+    """Fork a server for each channel that the launcher sends.
+
+    The request itself goes through that channel, to the fork: this process never knows
+    a student's secrets, and so no other student's server can have them in its memory.
+    Ends when the launcher is gone. Reports the wait status of each fork that ends.
+
+    Runs as: root, one thread, no event loop.
+    """
+    setproctitle.setproctitle("notebooks.py: template process")
+    wakeup_read, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    preload()
+    send_message(channel, {"ready": True})
+    while True:
+        ready, _, _ = select.select([channel.fileno(), wakeup_read], [], [])
+        if wakeup_read in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(wakeup_read, 4096)
+            reap_servers(channel)
+        if channel.fileno() in ready:
+            try:
+                _, (fd,) = receive_message(channel)
+            except EOFError:
+                return
+            spawn_server(fd)
+
+
+def spawn_server(fd: int) -> None:
+    """Fork; the child answers the request that comes through `fd` and never returns."""
+    if len(os.listdir("/proc/self/task")) != 1:
+        raise RuntimeError("the template process has more than one thread")
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            answer_request(fd)
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(fd)
+
+
+def answer_request(fd: int) -> None:
+    """Receive a request with a listening socket and a terminal, and run that server.
+
+    Runs as: root, in the fork. Everything else that the template had open is closed.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    close_all_but({0, 1, 2, fd})
+    with socket.socket(fileno=fd) as channel:
+        message, (listener_fd, terminal_fd) = receive_message(channel)
+        pid_fd = os.pidfd_open(os.getpid())
+        send_message(channel, {"pid": os.getpid()}, [pid_fd])
+    os.close(pid_fd)
+    for standard in (0, 1, 2):
+        os.dup2(terminal_fd, standard)
+    os.close(terminal_fd)
+    run_server(ServerRequest(**message), socket.socket(fileno=listener_fd))
+
+
+def close_all_but(fds: set[int]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in fds:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+def reap_servers(channel: socket.socket) -> None:
+    """Report the forks that have ended; the launcher names the reason."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            with contextlib.suppress(OSError):  # the launcher is gone
+                send_message(channel, {"pid": pid, "wait_status": status})
+
+
+def explain_exit(wait_status: int) -> str:
+    """Say how a process ended."""
+    code = os.waitstatus_to_exitcode(wait_status)
+    if code >= 0:
+        return f"ended with exit status {code}"
+    hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(-code).name}{hint}"
+
+
+# -------------------------------------------------------------------------------------
+# Ports
+# -------------------------------------------------------------------------------------
+
+
+def assign_ports(students: Sequence[Student], base: int) -> dict[str, int]:
+    """Give each of N students a port of base+1 ... base+N.
+
+    It is the one in the list if it is unique and in range, else the lowest free one.
+    """
+    last = base + len(students)
+    wanted = [int(each.port) for each in students if each.port]
+    kept = {
+        each.username: int(each.port)
+        for each in students
+        if each.port
+        and base < int(each.port) <= last
+        and wanted.count(int(each.port)) < 2
+    }
+    free = iter(sorted(set(range(base + 1, last + 1)) - set(kept.values())))
+    return {each.username: kept.get(each.username) or next(free) for each in students}
+
+
+def bind_port(port: int) -> socket.socket:
+    """Return a socket that listens on a port in both families.
+
+    It listens at once: a port that is bound and does not listen, or is held in one
+    family only, can be taken by any user. Raises: OSError (EADDRINUSE).
+    """
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("::", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True
+        )
+    return socket.create_server(("", port), backlog=1024)
+
+
+# For each port the processes that listen on it, each with its descriptor.
+Listeners = dict[int, list[tuple[psutil.Process, int]]]
+
+
+def find_listeners() -> Listeners:
+    listeners: Listeners = {}
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.pid:
+            with contextlib.suppress(psutil.Error):
+                holder = psutil.Process(connection.pid), connection.fd
+                port = connection.laddr[1] if connection.laddr else 0
+                listeners.setdefault(port, []).append(holder)
+    return listeners
+
+
+def describe_holder(listeners: Listeners, port: int) -> str:
+    """Name what holds a port."""
+    for process, _ in listeners.get(port, ()):
+        with contextlib.suppress(psutil.Error):
+            name = printable(" ".join(process.cmdline()) or process.name())[:60]
+            return f"{name} (pid {process.pid}, user {process.username()})"
+    return "a process that cannot be named"
+
+
+def take_listener(
+    listeners: Listeners, port: int, uid: int
+) -> tuple[socket.socket, int, int] | None:
+    """Duplicate the listening socket out of a student's server that still runs.
+
+    A socket that root made tells that the server is ours: a student's own socket
+    belongs to the student. Source: pidfd_getfd(2), not in Python's os yet.
+
+    Returns: the socket, the pid of the server and a descriptor of it, or None.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for process, number in listeners.get(port, ()):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            pid_fd = os.pidfd_open(process.pid)
+            stack.callback(os.close, pid_fd)
+            if read_status(process.pid)[0] != uid:
+                continue
+            fd = libc.syscall(SYS_PIDFD_GETFD, pid_fd, number, 0)
+            if fd < 0:
+                continue
+            listener = stack.enter_context(socket.socket(fileno=fd))
+            if os.fstat(fd).st_uid == 0 and listener.getsockname()[1] == port:
+                stack.pop_all()
+                return listener, process.pid, pid_fd
+    return None
+
+
+# -------------------------------------------------------------------------------------
+# The launcher
+# -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Server:
+    """A student's server as the launcher sees it; it runs while `pid_fd` is valid."""
+
+    student: Student
+    port: int
+    listener: socket.socket
+    pid: int = 0
+    pid_fd: int = -1
+    started: float = 0.0  # time.monotonic()
+    failures: int = 0  # in a row
+
+    @property
+    def username(self) -> str:
+        return self.student.username
+
+
+class Helper:
+    """One of the launcher's own processes: this script, executed afresh.
+
+    Isolated mode keeps the environment and the current directory out of it. It ends
+    when our end of the socket pair is closed; one that ends before is started again.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        on_start: "Callable[[socket.socket], None]",
+        on_message: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.role = role
+        self.on_start = on_start
+        self.on_message = on_message
+        self.ready = asyncio.Event()
+        self.failures = 0
+        self.stopping = False
+
+    def start(self) -> None:
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", __file__, self.role, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                cwd="/",
+                env={
+                    "PATH": PROGRAM_PATH,
+                    "HOME": str(TEMPLATE_HOME),
+                    "LANG": os.environ.get("LANG", "C.UTF-8"),
+                },
+                start_new_session=True,
+            )
+        self.on_start(self.channel)
+        asyncio.get_running_loop().add_reader(self.channel, self.handle_message)
+
+    def handle_message(self) -> None:
+        try:
+            message, fds = receive_message(self.channel)
+        except EOFError:
+            self.handle_end()
+            return
+        for fd in fds:  # none is expected; one must not fill our table with them
+            os.close(fd)
+        if message.get("ready"):
+            self.ready.set()
+            self.failures = 0
+        self.on_message(message)
+
+    def handle_end(self) -> None:
+        """Start the process again, after a delay that doubles while that fails."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.channel)
+        self.channel.close()
+        self.process.kill()
+        self.process.wait()
+        self.ready.clear()
+        if not self.stopping:
+            delay = restart_delay(self.failures)
+            self.failures += 1
+            log.error("the %s ended; starting it again in %.0f s", self.role, delay)
+            loop.call_later(delay, self.start)
+
+    def stop(self) -> None:
+        """Let the process end: it sees our end of the channel close."""
+        self.stopping = True
+        if self.channel.fileno() >= 0:  # else it is waiting to be started again
+            asyncio.get_running_loop().remove_reader(self.channel)
+            self.channel.close()
+
+    def reap(self, deadline: float) -> None:
+        """Wait for the end of a process that was stopped; kill it at the deadline."""
+        try:
+            self.process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def restart_delay(failures: int) -> float:
+    """Return the seconds to wait before something that failed is tried again."""
+    return min(2.0**failures, MAX_RESTART_DELAY_SECONDS)
+
+
+async def wait_readable(fd: int, seconds: float) -> None:
+    """Wait until a descriptor can be read.
+
+    Raises: asyncio.TimeoutError.
+    """
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+
+    def handle_readable() -> None:
+        loop.remove_reader(fd)
+        readable.set_result(None)
+
+    loop.add_reader(fd, handle_readable)
+    try:
+        await asyncio.wait_for(readable, seconds)
+    finally:
+        loop.remove_reader(fd)
+
+
+def last_lines(output: str) -> str:
+    """Return the end of what a server said, in one line without control characters."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    text = " / ".join(lines[-3:]) or "it said nothing"
+    return printable(text)[-500:]
+
+
+async def watch_start(terminal_fd: int, url: str) -> None:
+    """Wait until a server names its address on its terminal, which is then closed.
+
+    Raises: Error with the last lines of its output.
+    """
+    spawn = fdpexpect.fdspawn(
+        terminal_fd, encoding="utf-8", codec_errors="replace", searchwindowsize=2000
+    )
+    outcomes: list[Any] = [re.compile(re.escape(url)), pexpect.EOF, pexpect.TIMEOUT]
+    outcome = await spawn.expect(outcomes, timeout=START_SECONDS, async_=True)
+    if (
+        outcome != 1 and spawn.async_pw_transport
+    ):  # on end-of-file asyncio has closed it
+        spawn.async_pw_transport[1].close()
+    if outcome:
+        reason = ("it ended", f"no address within {START_SECONDS:.0f} s")[outcome - 1]
+        words = last_lines(spawn.before or "")
+        raise Error(f"the server did not start, {reason}: {words}")
+
+
+class Launcher:
+    """Owns the ports, has servers started, and listens in the place of those stopped.
+
+    One mechanism serves start on demand, recovery from a crash and idle servers: a
+    connection to a port whose server does not run has it started and is answered by it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        certificate: Certificate,
+        base_listener: socket.socket,
+        servers: Sequence[Server],
+    ) -> None:
+        self.config = config
+        self.certificate = certificate
+        self.base_listener = base_listener
+        self.servers = servers
+        self.pids: dict[int, str] = {}
+        self.failed: set[str] = set()
+        self.starting = asyncio.Semaphore(os.cpu_count() or 1)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.template = Helper("template", lambda _: None, self.handle_exit_report)
+        self.web = Helper("webserver", self.brief_webserver, lambda _: None)
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or Ctrl-C, and leave the notebook servers running."""
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, stop.set)
+        self.template.start()
+        self.web.start()
+        announce = asyncio.create_task(self.start_all())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({announce, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if announce.done():
+            announce.result()  # an error in it is not hidden
+        await stopping
+        for task in (announce, *self.tasks):
+            task.cancel()
+        await asyncio.gather(announce, *self.tasks, return_exceptions=True)
+        deadline = time.monotonic() + STOP_SECONDS
+        for helper in (self.web, self.template):
+            helper.stop()
+        for helper in (self.web, self.template):
+            helper.reap(deadline)
+        running = sum(server.pid_fd >= 0 for server in self.servers)
+        print(f"The web page has ended; {running} notebook servers run on.", flush=True)
+        return 1 if self.failed else 0
+
+    async def start_all(self) -> None:
+        """Start what has to run from the beginning, then tell the teacher."""
+        await asyncio.gather(self.template.ready.wait(), self.web.ready.wait())
+        waiting = []
+        for server in self.servers:
+            if server.pid:
+                self.watch(server, server.pid_fd)
+                log.info("%s: adopted, pid %d", server.username, server.pid)
+            elif self.config.on_demand:
+                self.listen(server)
+            else:
+                waiting.append(self.spawn_start(server))
+        for task in progress(asyncio.as_completed(waiting), len(waiting), "launch"):
+            await task
+        for line in self.summary():
+            print(line, flush=True)
+
+    def summary(self) -> Iterator[str]:
+        address = visible_address(self.config)
+        running = sum(server.pid_fd >= 0 for server in self.servers)
+        yield f"{running} of {len(self.servers)} notebook servers run."
+        ports = [self.config.port, *(server.port for server in self.servers)]
+        yield f"The firewall must let in TCP ports {min(ports)} to {max(ports)}."
+        fingerprint = self.certificate.fingerprint()
+        yield f"Fingerprint of the certificate (SHA-256): {fingerprint}"
+        yield f"Ready: https://{address}:{self.config.port}/"
+
+    def brief_webserver(self, channel: socket.socket) -> None:
+        """Tell the webserver what it shows; passwords are not part of that."""
+        config = self.config
+        message = {
+            "title": config.web_title,
+            "address": config.server_address,
+            "list_students": config.list_students,
+            "cert_file": str(self.certificate.cert_file),
+            "key_file": str(self.certificate.key_file),
+            "students": [
+                [server.username, server.student.full_name, server.port]
+                for server in self.servers
+            ],
+        }
+        send_message(channel, message, [self.base_listener.fileno()])
+
+    def spawn_start(self, server: Server) -> "asyncio.Task[None]":
+        task = asyncio.get_running_loop().create_task(self.start(server))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    def listen(self, server: Server) -> None:
+        """Have the server started by the next connection; the server will accept it."""
+
+        def handle_visit() -> None:
+            loop.remove_reader(server.listener)
+            self.spawn_start(server)
+
+        loop = asyncio.get_running_loop()
+        loop.add_reader(server.listener, handle_visit)
+
+    async def start(self, server: Server) -> None:
+        """Start a server; one that fails is reported, and tried again by a visit.
+
+        As many start at once as there are cores. One that takes long, for its student
+        may have stopped it, gives its place to others after SLOT_SECONDS.
+        """
+        await self.starting.acquire()
+        with contextlib.ExitStack() as slot:
+            slot.callback(self.starting.release)
+            loop = asyncio.get_running_loop()
+            slot.callback(loop.call_later(SLOT_SECONDS, slot.close).cancel)
+            await self.template.ready.wait()
+            try:
+                await self.request_server(server)
+            except (Error, OSError, asyncio.TimeoutError) as error:
+                text = explain(error) if isinstance(error, OSError) else str(error)
+                self.failed.add(server.username)
+                self.listen_later(server, text or type(error).__name__)
+            else:
+                self.failed.discard(server.username)
+
+    async def request_server(self, server: Server) -> None:
+        """Have the template fork a server and watch it until it is ready.
+
+        Raises: Error, OSError or asyncio.TimeoutError; no half-started server is left.
+        """
+        account = find_account(server.username)
+        if account is None or is_closed(server.username):
+            raise Error("the account does not exist, or is closed; run setup")
+        ensure_runtime_dir(account)
+        request = dataclasses.asdict(self.request(server))
+        pid, pid_fd, terminal_fd = await self.fork_server(server.listener, request)
+        try:
+            await watch_start(terminal_fd, request["url"])
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pid_fd, signal.SIGKILL)
+            os.close(pid_fd)
+            raise
+        server.pid = pid
+        self.pids[pid] = server.username
+        self.watch(server, pid_fd)
+        log.info("%s: started, pid %d, port %d", server.username, pid, server.port)
+
+    async def fork_server(
+        self, listener: socket.socket, request: dict[str, Any]
+    ) -> tuple[int, int, int]:
+        """Hand a request to a new fork of the template.
+
+        Returns: its pid, a descriptor of the process, and the master of its terminal.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        terminal_fd, slave_fd = os.openpty()
+        try:
+            with ours, theirs:
+                send_message(self.template.channel, {}, [theirs.fileno()])
+                theirs.close()
+                send_message(ours, request, [listener.fileno(), slave_fd])
+                await wait_readable(ours.fileno(), START_SECONDS)
+                message, (pid_fd,) = receive_message(ours)
+        except BaseException as error:
+            os.close(terminal_fd)
+            if isinstance(error, EOFError):
+                raise Error("the template process could not start it") from None
+            raise
+        finally:
+            os.close(slave_fd)
+        return message["pid"], pid_fd, terminal_fd
+
+    def request(self, server: Server) -> ServerRequest:
+        config = self.config
+        host = config.server_address.replace("{username}", server.username)
+        host = host or visible_address(config)
+        return ServerRequest(
+            username=server.username,
+            port=server.port,
+            url=f"https://{host}:{server.port}/{server.username}/",
+            password=hash_password(server.student.nb_pass),
+            cookie_secret=secrets.token_hex(32),
+            start_dir=str(config.start_dir),
+            profile=config.profile,
+            idle_minutes=config.idle_minutes,
+            cert_file=str(self.certificate.cert_file),
+            key_file=str(self.certificate.key_file),
+        )
+
+    def watch(self, server: Server, pid_fd: int) -> None:
+        """Listen in the server's place when its process has ended (pidfd_open(2))."""
+
+        def handle_exit() -> None:
+            loop.remove_reader(pid_fd)
+            os.close(pid_fd)
+            server.pid_fd, server.pid = -1, 0
+            if time.monotonic() - server.started > MAX_RESTART_DELAY_SECONDS:
+                server.failures = 0
+            self.listen_later(server)
+
+        loop = asyncio.get_running_loop()
+        server.pid_fd = pid_fd
+        server.started = time.monotonic()
+        loop.add_reader(pid_fd, handle_exit)
+
+    def listen_later(self, server: Server, reason: str = "") -> None:
+        """Listen after a delay that doubles for a server that keeps failing."""
+        delay = restart_delay(server.failures) - 1
+        server.failures += 1
+        if reason:
+            log.error("%s: %s", server.username, reason)
+        asyncio.get_running_loop().call_later(delay, self.listen, server)
+
+    def handle_exit_report(self, message: dict[str, Any]) -> None:
+        username = self.pids.pop(message.get("pid", 0), None)
+        if username:
+            reason = explain_exit(message["wait_status"])
+            log.warning("%s: the server %s", username, reason)
+
+
+def visible_address(config: Config) -> str:
+    """Return the host name under which the web page is announced."""
+    return config.server_address.replace("{username}.", "") or socket.getfqdn()
+
+
+# -------------------------------------------------------------------------------------
+# The web page
+# -------------------------------------------------------------------------------------
+
+STYLE = """
+body { font: 1.1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 40rem;
+       padding: 1rem; color: #222; background: #fff; }
+h1 { font-size: 1.6rem; }
+form { display: flex; gap: .5rem; flex-wrap: wrap; margin: 1.5rem 0; }
+input, button { font: inherit; padding: .5rem .8rem; border: 1px solid #767676;
+                border-radius: .4rem; }
+input { flex: 100 1 12rem; min-width: 0; }
+button { flex: 1 0 auto; background: #a8470b; border-color: #a8470b; color: #fff; }
+ul { list-style: none; padding: 0; }
+li a { display: flex; justify-content: space-between; gap: 1rem; padding: .6rem .2rem;
+       border-bottom: 1px solid #ddd; color: inherit; text-decoration: none; }
+li a:hover, li a:focus { background: #f6efe8; }
+code { color: #666; }
+.problem { border-left: .3rem solid #a8470b; padding: .3rem .8rem; }
+@media (prefers-color-scheme: dark) {
+  body { color: #e6e6e6; background: #191919; } li a { border-color: #444; }
+  li a:hover, li a:focus { background: #2c2620; } code { color: #aaa; }
+  input { background: #222; color: inherit; } }
+"""
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{style}</style></head>
+<body>
+<h1>{title}</h1>
+{problem}
+<form action="/" method="get">
+<input name="username" aria-label="User name" placeholder="User name" required
+ autocapitalize="none" autocomplete="username" spellcheck="false">
+<button>Open my notebook</button>
+</form>
+{students}
+</body>
+</html>
+"""
+
+
+def content_security_policy() -> str:
+    """Return a policy that allows this page's style and form, and nothing else.
+
+    Browsers hold a form's redirect against form-action too, hence any https address.
+    """
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; style-src 'sha256-{digest}'; form-action https:;"
+        " base-uri 'none'; frame-ancestors 'none'"
+    )
+
+
+def landing_page(
+    title: str, students: Iterable[tuple[str, str, int]], problem: str = ""
+) -> str:
+    """Return the page that lists students; what comes from the list is escaped."""
+    rows = "".join(
+        f'<li><a href="/{username}"><span>{html.escape(name or username)}</span>'
+        f"<code>{username}</code></a></li>\n"
+        for username, name, _ in students
+    )
+    return PAGE.format(
+        title=html.escape(title),
+        style=STYLE,
+        problem=f'<p class="problem">{html.escape(problem)}</p>' if problem else "",
+        students=f"<ul>\n{rows}</ul>" if rows else "",
+    )
+
+
+def web_handlers(
+    students: dict[str, tuple[str, str, int]], title: str, listed: bool, address: str
+) -> list[Any]:
+    """Return the handlers of the base port, for a `tornado.web.Application`."""
+    from tornado import web
+
+    shown = (
+        sorted(students.values(), key=lambda row: row[1] or row[0]) if listed else []
+    )
+
+    class PageHandler(web.RequestHandler):
+        def set_default_headers(self) -> None:
+            self.set_header("Content-Security-Policy", content_security_policy())
+            self.set_header("X-Content-Type-Options", "nosniff")
+            self.set_header("Referrer-Policy", "no-referrer")
+            self.set_header("Cache-Control", "no-store")
+            self.clear_header("Server")
+
+        def get(self, path: str) -> None:
+            """Show the page, or redirect /USERNAME/anything to the student's server."""
+            username, _, rest = path.partition("/")
+            asked = self.get_query_argument("username", None)
+            if not path and asked is None:
+                self.finish(landing_page(title, shown))
+                return
+            if not path:
+                username = asked.strip().lower() if asked else ""
+            if username not in students:
+                self.set_status(404)
+                problem = f"Nobody here has the user name “{username}”."
+                self.finish(landing_page(title, shown, problem))
+                return
+            host = (address or visited_host(self.request)).replace(
+                "{username}", username
+            )
+            port = students[username][2]
+            query = f"?{self.request.query}" if path and self.request.query else ""
+            tail = urllib.parse.quote(rest)
+            self.redirect(f"https://{host}:{port}/{username}/{tail}{query}")
+
+    return [(r"/(.*)", PageHandler)]
+
+
+def visited_host(request: Any) -> str:
+    """Return the host name that the visitor used, without the port."""
+    host: str = request.host_name
+    plain = re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", host)
+    return host if plain else socket.getfqdn()
+
+
+async def serve_web_page(
+    channel: socket.socket, message: dict[str, Any], context: ssl.SSLContext, fd: int
+) -> None:
+    """Serve the base port until the launcher is gone: TLS, or a redirect to it.
+
+    The first byte of a connection tells which: 22 opens a TLS handshake (RFC 8446).
+    """
+    from tornado import httpserver, iostream, tcpserver, web
+
+    students = {row[0]: tuple(row) for row in message["students"]}
+    listener = socket.socket(fileno=fd)
+    port = listener.getsockname()[1]
+
+    class SecureRedirectHandler(web.RequestHandler):
+        def prepare(self) -> None:
+            host = visited_host(self.request)
+            self.redirect(f"https://{host}:{port}{self.request.uri}", status=307)
+
+    handlers = web_handlers(
+        students, message["title"], message["list_students"], message["address"]
+    )
+    limits: dict[str, Any] = {
+        "no_keep_alive": True,
+        "idle_connection_timeout": PAGE_SECONDS,
+        "body_timeout": PAGE_SECONDS,
+        "max_header_size": 16384,
+        "max_body_size": 1024,
+    }
+    secure = httpserver.HTTPServer(web.Application(handlers), **limits)
+    redirect = web.Application([(r"/.*", SecureRedirectHandler)])
+    plain = httpserver.HTTPServer(redirect, **limits)
+
+    class FirstByteServer(tcpserver.TCPServer):
+        async def handle_stream(
+            self, stream: iostream.IOStream, address: tuple[Any, ...]
+        ) -> None:
+            try:
+                await wait_readable(stream.socket.fileno(), PAGE_SECONDS)
+                first = stream.socket.recv(1, socket.MSG_PEEK)
+                if first == b"\x16":
+                    handshake = stream.start_tls(True, context)
+                    tls_stream = await asyncio.wait_for(handshake, PAGE_SECONDS)
+                    secure.handle_stream(tls_stream, address)
+                else:
+                    plain.handle_stream(stream, address)
+            except (OSError, asyncio.TimeoutError, iostream.StreamClosedError):
+                if stream.socket:  # else start_tls has it, and has closed it
+                    stream.close()
+
+    listener.setblocking(False)
+    FirstByteServer().add_socket(listener)
+    send_message(channel, {"ready": True})
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    loop.add_reader(channel, gone.set)
+    await gone.wait()
+
+
+def run_webserver(channel: socket.socket) -> None:
+    """Serve the landing page.
+
+    Runs as: root until the key is read, then nobody. As it changed its ids without
+    executing anything, other processes of nobody's can neither trace nor read it.
+    """
+    setproctitle.setproctitle(WEBSERVER_TITLE)
+    logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    message, (fd,) = receive_message(channel)
+    certificate = Certificate(Path(message["cert_file"]), Path(message["key_file"]))
+    context = certificate.context()
+    nobody = pwd.getpwnam("nobody")
+    drop_privileges(Identity(nobody.pw_uid, nobody.pw_gid, (nobody.pw_gid,)))
+    asyncio.run(serve_web_page(channel, message, context, fd))
+
+
+# -------------------------------------------------------------------------------------
+# Commands
+# -------------------------------------------------------------------------------------
+
+
+class Course(NamedTuple):
+    """What a command works on."""
+
+    config: Config
+    students: StudentList
+    yes: bool
+
+
+def load_course(path: Path, yes: bool) -> Course:
+    """Read the configuration and the list of students.
+
+    Raises: UsageError with everything that is wrong in either; nothing was changed.
+    """
+    problems: list[str] = []
+    config = read_config(path, problems)
+    try:
+        students = StudentList(config.user_list, problems)
+    except UsageError as error:
+        raise UsageError("\n".join([*problems, str(error)])) from None
+    if problems:
+        raise UsageError("\n".join(problems))
+    if not students.students:
+        raise UsageError(f"{students.path}: there is no student in it")
+    return Course(config, students, yes)
+
+
+def progress(steps: Iterable[Result], total: int, label: str) -> Iterable[Result]:
+    """Pass steps on, with a bar if this is a terminal."""
+    if not sys.stderr.isatty() or log.isEnabledFor(logging.DEBUG):
+        return steps
+    from tqdm import tqdm
+
+    return tqdm(steps, label, total, leave=False, unit="student", file=sys.stderr)
+
+
+class Outcome:
+    """Collects what a command did for each student, and says it.
+
+    A line per student goes to standard output unless that is a terminal, which shows a
+    bar; failures always go to standard error.
+    """
+
+    def __init__(self) -> None:
+        self.failures: dict[str, str] = {}
+
+    def done(self, username: str, text: str) -> None:
+        if not sys.stdout.isatty() or log.isEnabledFor(logging.INFO):
+            print(f"{username}: {text}", flush=True)
+
+    def failed(self, username: str, reason: str) -> None:
+        self.failures[username] = reason
+
+    def finish(self, text: str) -> int:
+        """Print the summary and return the exit status."""
+        for username, reason in self.failures.items():
+            log.error("%s: %s", username, reason)
+        if self.failures:
+            text += f" {len(self.failures)} failed: {', '.join(self.failures)}."
+        print(text, flush=True)
+        return 1 if self.failures else 0
+
+
+def with_accounts(students: Iterable[Student], outcome: Outcome) -> list[Student]:
+    """Return the students who have an account; the others fail."""
+    present = []
+    for student in students:
+        if find_account(student.username):
+            present.append(student)
+        else:
+            outcome.failed(student.username, "has no account; run setup first")
+    return present
+
+
+def command_setup(course: Course) -> int:
+    """Make what is missing: group, accounts, passwords, directories, profiles.
+
+    Passwords are in the list before an account has them, and which accounts have none
+    yet can be seen: a setup that was interrupted anywhere is finished by the next one.
+    """
+    check_reachable()
+    config, students = course.config, course.students
+    if config.profile and not profile_dir(config.profile).is_dir():
+        log.warning("there is no %s to copy", profile_dir(config.profile))
+    outcome = Outcome()
+    counts = {"new": 0, "adopted": 0, "kept": 0}
+    with students.locked():
+        prepare_passwords(config, students)
+        if config.group:
+            ensure_group(config.group)
+        todo = students.students
+        try:
+            for student in progress(todo, len(todo), "setup"):
+                try:
+                    done = ensure_account(student, config.group)
+                    furnish_home(config, find_account(student.username))
+                except (Error, OSError) as error:
+                    text = explain(error) if isinstance(error, OSError) else str(error)
+                    outcome.failed(student.username, text)
+                else:
+                    counts[done] += 1
+                    outcome.done(student.username, done)
+        finally:
+            with uninterrupted():
+                set_missing_passwords(todo)
+    return outcome.finish(
+        f"{counts['new']} accounts made, {counts['adopted']} adopted, {counts['kept']}"
+        f" kept. The passwords are in {students.path}."
+    )
+
+
+def prepare_passwords(config: Config, students: StudentList) -> None:
+    """Fill the empty password cells of the list and save it.
+
+    An account of ours whose system password is not in the list any more loses it, so
+    that it gets the new one.
+    """
+    make = functools.partial(make_password, config.password_length)
+    for student in students.students:
+        account = find_account(student.username)
+        if not student.nb_pass:
+            students.update(student.username, nb_pass=make())
+        if not student.sys_pass and (account is None or is_ours(account)):
+            if account:
+                run_program(["usermod", "--password", "!", "--", student.username])
+            students.update(student.username, sys_pass=make())
+    students.save()
+
+
+def furnish_home(config: Config, account: pwd.struct_passwd | None) -> None:
+    """Make the home and the tutorial directory in it, and copy the IPython profile."""
+    if account is None:
+        raise Error("useradd made no account")
+    ensure_home(account)
+    parts = config.tutorial_dir.parts
+    fd = open_directory(Path(account.pw_dir), parts, identity_of(account), create=True)
+    os.close(fd)
+    if config.profile and profile_dir(config.profile).is_dir():
+        problem = copy_profile(config.profile, account).problem
+        if problem:
+            raise Error(f"the IPython profile: {problem}")
+
+
+def send_to(config: Config, student: Student) -> CopyReport:
+    """Copy the material into one home."""
+    account = pwd.getpwnam(student.username)
+    reader, writer = identity_of(invoking_account()), identity_of(account)
+    parts = config.material_name.parts
+    source_fd = open_directory(config.material_dir, (), reader)
+    try:
+        destination_fd = open_directory(Path(account.pw_dir), parts, writer, True)
+    except Error:
+        os.close(source_fd)
+        raise
+    copy = TreeCopy(reader, writer, backup=config.keep_changed)
+    return copy.run(source_fd, destination_fd)
+
+
+def command_send(course: Course) -> int:
+    """Copy the material into each account, over what is there."""
+    config = course.config
+    try:
+        os.close(
+            open_directory(config.material_dir, (), identity_of(invoking_account()))
+        )
+    except Error as error:
+        raise UsageError(f"material_dir: {error}") from None
+    return copy_for_all(course, "send", functools.partial(send_to, config))
+
+
+def storage_owner(config: Config) -> pwd.struct_passwd:
+    return pwd.getpwnam(config.owner) if config.owner else invoking_account()
+
+
+def retrieve_from(
+    config: Config, student: Student, dry_run: bool = False
+) -> CopyReport:
+    """Copy one student's tutorial directory into the storage, or count what that is."""
+    account = pwd.getpwnam(student.username)
+    owner = identity_of(storage_owner(config))
+    reader = identity_of(account)
+    source_fd = open_directory(Path(account.pw_dir), config.tutorial_dir.parts, reader)
+    destination_fd = -1
+    try:
+        destination_fd = open_directory(
+            config.storage_dir, (student.username,), owner, create=not dry_run
+        )
+    except Error:
+        if not dry_run:
+            os.close(source_fd)
+            raise
+    limit = config.retrieve_limit
+    copy = TreeCopy(reader, owner, backup=True, limit=limit, dry_run=dry_run)
+    return copy.run(source_fd, destination_fd)
+
+
+def command_retrieve(course: Course) -> int:
+    """Copy the students' work into the storage; nothing there is lost."""
+    config = course.config
+    owner = storage_owner(config)
+    try:
+        with acting_as(identity_of(owner)):
+            config.storage_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"storage_dir: {config.storage_dir} cannot be made by its owner"
+            f" {owner.pw_name}: {error.strerror}"
+        ) from None
+    return copy_for_all(course, "retrieve", functools.partial(retrieve_from, config))
+
+
+def copy_for_all(
+    course: Course, label: str, copy: Callable[[Student], CopyReport]
+) -> int:
+    """Copy for all students and report it."""
+    outcome = Outcome()
+    total = CopyReport()
+    with course.students.locked():
+        students = with_accounts(course.students.students, outcome)
+        results = for_each_student(copy, students)
+        for student, result in progress(results, len(students), label):
+            if isinstance(result, Error):
+                outcome.failed(student.username, str(result))
+                continue
+            outcome.done(student.username, str(result))
+            if result.problem:
+                outcome.failed(student.username, result.problem)
+            total.add(result)
+    return outcome.finish(
+        f"{len(students)} students: {total}; {format_bytes(total.copied_bytes)} copied."
+    )
+
+
+def command_launch(course: Course) -> int:
+    """Start the servers and serve the web page until SIGTERM or Ctrl-C."""
+    check_reachable()
+    config, students = course.config, course.students
+    if not any(find_account(student.username) for student in students.students):
+        raise UsageError(f"{students.path}: nobody in it has an account; run setup")
+    if config.port + len(students.students) > 65535:
+        raise UsageError(f"{config.path}: [Launch] port: too few ports are above it")
+    certificate = ensure_certificate(config)
+    try:
+        base_listener = bind_port(config.port)
+    except OSError as error:
+        holder = describe_holder(find_listeners(), config.port)
+        raise UsageError(
+            f"port {config.port}: {error.strerror}: {holder};"
+            " end that, or set another `port`"
+        ) from None
+    outcome = Outcome()
+    servers = open_servers(course, outcome)
+    for username, reason in outcome.failures.items():
+        log.error("%s: %s", username, reason)
+    raise_descriptor_limit(len(servers))
+    status = asyncio.run(Launcher(config, certificate, base_listener, servers).run())
+    return 1 if outcome.failures else status
+
+
+def open_servers(course: Course, outcome: Outcome) -> list[Server]:
+    """Hold a port for each student who can have a server, and write it to the list."""
+    servers = []
+    with course.students.locked():
+        students = course.students.students
+        ports = assign_ports(students, course.config.port)
+        listeners = find_listeners()
+        for student in with_accounts(students, outcome):
+            try:
+                server = open_server(student, ports, course.config.port, listeners)
+            except Error as error:
+                outcome.failed(student.username, str(error))
+                continue
+            servers.append(server)
+            course.students.update(student.username, port=str(server.port))
+        course.students.save()
+    return servers
+
+
+def raise_descriptor_limit(count: int) -> None:
+    """Allow the descriptors that so many servers need: two each, more at the start."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = 256 + 3 * count
+    if soft < need:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, hard), hard))
+
+
+def open_server(
+    student: Student, ports: dict[str, int], base: int, listeners: Listeners
+) -> Server:
+    """Adopt the server that a student has, or bind their port, or find another one.
+
+    Raises: Error if the student has no password, or there is no free port left.
+    """
+    if not student.nb_pass:
+        raise Error("has no nb-pass; run setup first")
+    port = ports[student.username]
+    uid = pwd.getpwnam(student.username).pw_uid
+    for known in {port, int(student.port or port)}:
+        adopted = take_listener(listeners, known, uid)
+        if adopted:
+            return Server(student, known, *adopted)
+    try:
+        return Server(student, port, bind_port(port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise Error(f"port {port}: {error.strerror}") from None
+    for other in range(base + len(ports) + 1, 65536):
+        with contextlib.suppress(OSError):
+            server = Server(student, other, bind_port(other))
+            log.warning(
+                "%s: port %d is held by %s; using %d: let it through the firewall",
+                student.username,
+                port,
+                describe_holder(listeners, port),
+                other,
+            )
+            return server
+    raise Error("no port is free")
+
+
+def command_shutdown(course: Course) -> int:
+    """End the notebook servers, kernels and terminals of all students at once."""
+    outcome = Outcome()
+    accounts = [
+        account
+        for student in course.students.students
+        if (account := find_account(student.username))
+    ]
+    left = stop_jupyter([account.pw_uid for account in accounts])
+    for account in accounts:
+        try:
+            if left[account.pw_uid]:
+                raise Error(f"{left[account.pw_uid]} processes could not be ended")
+            clear_runtime_dir(account.pw_uid)
+            outcome.done(account.pw_name, "shut down")
+        except Error as error:
+            outcome.failed(account.pw_name, str(error))
+    for process, _ in find_listeners().get(course.config.port, ()):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] == [WEBSERVER_TITLE]:
+                process = process.parent() or process
+            if Path(__file__).name in map(os.path.basename, process.cmdline()):
+                log.warning(
+                    "launch still runs (pid %d) and starts servers again when they are"
+                    " visited; end it with Ctrl-C or SIGTERM",
+                    process.pid,
+                )
+    return outcome.finish(f"The notebooks of {len(accounts)} students are shut down.")
+
+
+def command_remove(course: Course) -> int:
+    """Delete the accounts that setup made, after asking."""
+    config, students = course.config, course.students
+    outcome = Outcome()
+    ours: list[tuple[Student, pwd.struct_passwd]] = []
+    others: list[tuple[Student, pwd.struct_passwd]] = []
+    for student in students.students:
+        account = find_account(student.username)
+        if account:
+            (ours if is_ours(account) else others).append((student, account))
+    describe_removal(config, [student for student, _ in ours], others)
+    if ours and not course.yes:
+        confirm(f"Delete {len(ours)} accounts and everything in their homes?")
+    with students.locked():
+        names = {student.username for student in students.students}
+        ours = [each for each in ours if each[0].username in names]
+        others = [each for each in others if each[0].username in names]
+        stop_jupyter([account.pw_uid for _, account in ours])
+        for student, account in progress(ours, len(ours), "remove"):
+            try:
+                remove_account(account)
+            except Error as error:
+                outcome.failed(student.username, str(error))
+                continue
+            students.update(student.username, sys_pass="", nb_pass="", port="")
+            students.save()
+            outcome.done(student.username, "account and home deleted")
+        for student, _ in others:
+            leave_group(student.username, config.group)
+            students.update(student.username, nb_pass="", port="")
+            outcome.done(student.username, "not made by setup; the account stays")
+        for student in students.students:
+            if not find_account(student.username):
+                students.update(student.username, sys_pass="", nb_pass="", port="")
+        students.save()
+    group = config.group and remove_empty_group(config.group)
+    return outcome.finish(
+        f"{len(ours) - len(outcome.failures)} accounts deleted, {len(others)} left"
+        f"{f', group {config.group} deleted' if group else ''}."
+    )
+
+
+def describe_removal(
+    config: Config,
+    students: Sequence[Student],
+    others: Sequence[tuple[Student, pwd.struct_passwd]],
+) -> None:
+    """Say what remove will delete, and what would be lost."""
+    sizes = {}
+    newer = []
+    look = functools.partial(look_at_home, config)
+    for student, result in for_each_student(look, students):
+        if not isinstance(result, Error):
+            sizes[student.username], changed = result
+            if changed:
+                newer.append(student.username)
+    total = format_bytes(sum(sizes.values()))
+    print(f"{len(students)} accounts that setup made, with {total}, will be deleted.")
+    for _, account in others:
+        print(f"{account.pw_name} was not made by setup: it only leaves the course.")
+    names = {student.username for student in students}
+    here = sorted({user.name for user in psutil.users()} & names)
+    if here:
+        print(f"Logged in at this moment: {', '.join(here)}.")
+    if newer:
+        print(f"Work that was not retrieved: {', '.join(sorted(newer))}.", flush=True)
+
+
+def look_at_home(config: Config, student: Student) -> tuple[int, bool]:
+    """Return how many bytes a home holds, and whether there is work to be retrieved."""
+    account = pwd.getpwnam(student.username)
+    identity = identity_of(account)
+    home_fd = open_directory(Path(account.pw_dir), (), identity)
+    size = directory_bytes(home_fd, time.monotonic() + LOOK_SECONDS)
+    try:
+        report = retrieve_from(config, student, dry_run=True)
+    except Error:
+        return size, False
+    return size, bool(report.new or report.updated or report.over_limit)
+
+
+def directory_bytes(fd: int, deadline: float, depth: int = 0) -> int:
+    """Return what a directory's files occupy, as far as it can be seen in that time.
+
+    Closes `fd`.
+    """
+    total = 0
+    try:
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                if time.monotonic() > deadline:
+                    break
+                with contextlib.suppress(OSError):
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False) and depth < MAX_DEPTH:
+                        inner = os.open(entry.name, DIRECTORY_FLAGS, dir_fd=fd)
+                        total += directory_bytes(inner, deadline, depth + 1)
+    finally:
+        os.close(fd)
+    return total
+
+
+def confirm(question: str) -> None:
+    """Ask the teacher.
+
+    Raises: UsageError if the answer is not yes, or nobody can answer.
+    """
+    if not sys.stdin.isatty():
+        raise UsageError("nothing was deleted: without a terminal this needs --yes")
+    try:
+        answer = input(f"{question} [yes/no] ")
+    except EOFError:
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
+        raise UsageError("nothing was deleted")
+
+
+# -------------------------------------------------------------------------------------
+# Command line
+# -------------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    run: Callable[[Course], int]
+    text: str
+
+
+COMMANDS = {
+    "setup": Command(command_setup, "make the accounts and passwords"),
+    "send": Command(command_send, "copy the material into each account"),
+    "launch": Command(command_launch, "start the notebooks and the web page"),
+    "shutdown": Command(command_shutdown, "end the students' notebooks and kernels"),
+    "retrieve": Command(command_retrieve, "copy the students' work into the storage"),
+    "remove": Command(command_remove, "delete the accounts that setup made"),
+}
+# What this script is executed as by the launcher, with the number of a descriptor.
+ROLES = {"template": run_template, "webserver": run_webserver}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="notebooks.py",
+        description="A Jupyter Notebook server for every student, on one host.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name, help=command.text, description=command.run.__doc__
+        )
+        sub.add_argument(
+            "config",
+            nargs="?",
+            type=Path,
+            default=Path("notebooks.cfg"),
+            help="configuration file (%(default)s)",
+        )
+        sub.add_argument("-v", "--verbose", action="count", default=0)
+        if name == "remove":
+            sub.add_argument("--yes", action="store_true", help="do not ask")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    0: all done; 1: some students failed; 2: nothing was changed; 130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="notebooks.py: %(message)s", level=logging.WARNING)
+    if len(arguments) == 2 and arguments[0] in ROLES and arguments[1].isdigit():
+        ROLES[arguments[0]](socket.socket(fileno=int(arguments[1])))
+        return 0
+    options = make_parser().parse_args(arguments)
+    os.umask(0o022)  # root's may be 077, and students must get at what is theirs
+    log.setLevel(
+        (logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)]
+    )
+    try:
+        if os.geteuid() != 0:
+            raise UsageError(
+                f"{options.command} needs root: run `sudo notebooks.py"
+                f" {options.command} ...`"
+            )
+        course = load_course(options.config, getattr(options, "yes", False))
+        return COMMANDS[options.command].run(course)
+    except Error as error:
+        for line in str(error).splitlines():
+            log.error("%s", line)
+        return error.exit_status
+    except OSError as error:
+        log.debug("what failed:", exc_info=True)
+        hint = "; make room and run the same command again"
+        log.error("%s%s", explain(error), hint if error.errno in FULL else "")
+        return 1
+    except KeyboardInterrupt:
+        log.error("interrupted; the same command, run again, finishes the work")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

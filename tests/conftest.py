@@ -1,0 +1,158 @@
+"""The ground that the tests stand on: accounts that are real but not the machine's.
+
+As root, the test run enters a mount namespace of its own whose /etc, /home and /var are
+overlays: useradd, chpasswd and userdel work there as always, and nothing remains. That
+does not isolate processes, ports and /tmp: tests end what they start. All that runs in
+the namespace was started by the tests, so what is left in it at the end is a failure.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from selenium.webdriver.chrome.webdriver import WebDriver
+
+import support
+
+CLONE_NEWNS = 0x00020000  # <linux/sched.h>
+IS_ROOT = os.geteuid() == 0
+MACHINE_ROOT = os.open("/", os.O_PATH | os.O_DIRECTORY)  # in the machine's namespace
+
+
+def mount(*arguments: str) -> None:
+    subprocess.run(["mount", "--no-mtab", *arguments], check=True)
+
+
+def enter_private_namespace() -> None:
+    """Give this process, and all that it starts, accounts and homes of their own.
+
+    Source: unshare(2), mount(8), the kernel's overlayfs.rst. `xino` keeps one device
+    number for all files of an overlay, as on any ordinary file system.
+    """
+    if threading.active_count() > 1:  # only the calling thread would enter it
+        raise RuntimeError("there are threads already")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS):
+        number = ctypes.get_errno()
+        raise OSError(number, f"unshare: {os.strerror(number)}")
+    mount("--make-rprivate", "/")
+    mount("-t", "tmpfs", "-o", "mode=0755", "tmpfs", "/mnt")
+    for name in ("etc", "home", "var"):
+        upper, work = Path("/mnt", name, "upper"), Path("/mnt", name, "work")
+        upper.mkdir(parents=True)
+        work.mkdir()
+        shutil.copystat(f"/{name}", upper)
+        layers = f"lowerdir=/{name},upperdir={upper},workdir={work},xino=on"
+        mount("-t", "overlay", "-o", layers, "overlay", f"/{name}")
+    subprocess.run(["umount", "--no-mtab", "--lazy", "/mnt"], check=True)
+
+
+def choose_uids() -> None:
+    """Let useradd take uids that neither the machine nor another test run has."""
+    low = 10000 + 1000 * (os.getpid() % 50)
+    path = Path("/etc/login.defs")
+    text = re.sub(r"(?m)^[ \t#]*[UG]ID_(MIN|MAX)\b.*\n", "", path.read_text())
+    for kind in ("UID", "GID"):
+        text += f"{kind}_MIN {low}\n{kind}_MAX {low + 999}\n"
+    path.write_text(text)
+
+
+def measure_processes() -> None:
+    """Have coverage started in each notebooks.py, if it runs here.
+
+    Coverage hands its configuration to processes in an environment variable, which
+    notebooks.py, rightly, does not pass on to those that it starts. So a .pth file,
+    which is read in isolated mode too, gives it to each process that executes this
+    checkout's script, and to no other; `patch = _exit` saves what a fork measured.
+    """
+    variable = "COVERAGE_PROCESS_CONFIG"
+    configuration = os.environ.pop(variable, None)
+    if not configuration:
+        return
+    path = Path(sysconfig.get_path("purelib"), "notebooks_coverage.pth")
+    path.write_text(
+        f"import os, sys; {str(support.NOTEBOOKS)!r} in sys.orig_argv and"
+        f" (os.environ.update({variable}={configuration!r}),"
+        f" __import__('coverage').process_startup(), os.environ.pop({variable!r}))\n"
+    )
+    atexit.register(path.unlink, missing_ok=True)
+
+
+def pytest_configure() -> None:
+    """Prepare the ground; touch nothing if it cannot be prepared."""
+    if IS_ROOT:
+        try:
+            enter_private_namespace()
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            pytest.exit(f"The tests need a mount namespace of their own: {error}", 3)
+        choose_uids()
+        measure_processes()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not IS_ROOT:
+        for item in items:
+            if item.get_closest_marker("root"):
+                item.add_marker(pytest.mark.skip(reason="needs root: real accounts"))
+
+
+def leftover_processes() -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.process_iter()
+        if process.pid != os.getpid() and support.is_ours(process)
+    ]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not IS_ROOT:
+        return
+    try:
+        support.wait_until(lambda: not leftover_processes(), 5, "all processes to end")
+    except TimeoutError:
+        left = leftover_processes()
+        print("\nERROR: the tests left processes:", *left, sep="\n    ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        support.kill_all(leftover_processes, "what the tests left")
+
+
+CourseMaker = Callable[..., support.Course]
+
+
+@pytest.fixture
+def make_course(tmp_path: Path) -> Iterator[CourseMaker]:
+    """A function that makes courses: `make_course(3, on_demand="yes")`."""
+    with contextlib.ExitStack() as stack:
+
+        def make(students: int = 2, **settings: object) -> support.Course:
+            directory = tmp_path / f"course-{os.urandom(2).hex()}"
+            directory.mkdir()
+            return stack.enter_context(support.Course(directory, students, **settings))
+
+        yield make
+
+
+@pytest.fixture
+def course(make_course: CourseMaker) -> support.Course:
+    """A course of two students."""
+    return make_course()
+
+
+@pytest.fixture
+def browser() -> Iterator[WebDriver]:
+    """A Chromium of 1280 x 900; `support.chromium` makes others."""
+    for program in (support.CHROMIUM, support.CHROMEDRIVER):
+        if not os.access(program, os.X_OK):
+            pytest.skip(f"needs {program}")
+    with support.chromium() as driver:
+        yield driver

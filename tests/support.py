@@ -1,0 +1,711 @@
+"""What the tests share: commands run for real, a course, a Jupyter client, a browser.
+
+Everything that is started here is also ended here, and each wait has a deadline.
+"""
+
+import contextlib
+import csv
+import ctypes
+import grp
+import http.client
+import http.cookies
+import json
+import multiprocessing
+import os
+import pwd
+import random
+import secrets
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pexpect
+import psutil
+import websocket
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.chrome.webdriver import WebDriver
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks.py"
+ENVIRONMENT = {
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+}
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+READY = "Ready: https://"
+CHROMIUM = "/usr/bin/chromium"
+CHROMEDRIVER = "/usr/bin/chromedriver"
+SECTIONS = {
+    "Setup": "user_list tutorial_dir material_dir password_length group keep_changed"
+    " profile",
+    "Launch": "cert_file key_file server_address web_title launch_dir port"
+    " list_students on_demand idle_minutes",
+    "Shutdown": "storage_dir owner retrieve_limit",
+}
+
+Value = TypeVar("Value")
+
+# ---------------------------------------------------------------------------------------
+# Waiting, running, ending
+# ---------------------------------------------------------------------------------------
+
+
+def wait_until(predicate: Callable[[], Value], seconds: float, what: str) -> Value:
+    """Return the predicate's first true value.
+
+    Raises: TimeoutError that says what was waited for.
+    """
+    deadline = time.monotonic() + seconds
+    while not (value := predicate()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {seconds} seconds: {what}")
+        time.sleep(0.05)
+    return value
+
+
+def command_line(arguments: tuple[object, ...], script: Path) -> list[str]:
+    return [sys.executable, str(script), *map(str, arguments)]
+
+
+def run(
+    *arguments: object,
+    script: Path = NOTEBOOKS,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120.0,
+    **options: Any,
+) -> subprocess.CompletedProcess[str]:
+    """Run notebooks.py; `options` (input, user, extra_groups, cwd) are Popen's."""
+    return subprocess.run(
+        command_line(arguments, script),
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, **(env or {})},
+        timeout=timeout,
+        **options,
+    )
+
+
+def start(*arguments: object, script: Path = NOTEBOOKS) -> "subprocess.Popen[str]":
+    """Start notebooks.py in a process group of its own; the caller waits for it."""
+    return subprocess.Popen(
+        command_line(arguments, script),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+
+
+def interrupt(process: "subprocess.Popen[str]", signum: int) -> str:
+    """Send a signal to what `start` started; return its standard error.
+
+    Meanwhile orphans are ours, to wait for: a useradd that was killed holds its lock
+    while it is a zombie, and not every machine's first process is quick to reap.
+    """
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        os.killpg(process.pid, signum)
+        _, errors = process.communicate()
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-process.pid, 0)
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    return errors
+
+
+def run_on_terminal(
+    *arguments: object, script: Path = NOTEBOOKS, timeout: float = 120.0
+) -> "pexpect.spawn[str]":
+    """Start notebooks.py on a terminal of its own; the caller closes it."""
+    python, *rest = command_line(arguments, script)
+    environment: Any = {**ENVIRONMENT, "TERM": "xterm"}
+    return pexpect.spawn(
+        python, rest, env=environment, timeout=timeout, encoding="utf-8"
+    )
+
+
+def run_as(
+    username: str, *command: object, timeout: float = 60.0, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in a student's home, with what a log-in of theirs has."""
+    account = pwd.getpwnam(username)
+    return subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        user=account.pw_uid,
+        group=account.pw_gid,
+        extra_groups=os.getgrouplist(username, account.pw_gid),
+        cwd=account.pw_dir if os.path.isdir(account.pw_dir) else "/",
+        env={**ENVIRONMENT, "HOME": account.pw_dir, "USER": username},
+        timeout=timeout,
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def made_account(*options: str) -> Iterator[pwd.struct_passwd]:
+    """Yield an account, with a home, that setup did not make."""
+    username = f"nbo{secrets.token_hex(2)}"
+    subprocess.run(["useradd", "--create-home", *options, username], check=True)
+    try:
+        yield pwd.getpwnam(username)
+    finally:
+        kill_all(lambda: processes_of([username]), f"all processes of {username}")
+        command = ["userdel", "--force", "--remove", username]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+def in_child(function: Callable[[], Value]) -> Value:
+    """Return what a function returns in a fork of this process, which it may change.
+
+    Raises: EOFError if it raised; its traceback is on standard error.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: theirs.send(function()))
+    process.start()
+    theirs.close()
+    with ours:
+        try:
+            value: Value = ours.recv()
+        finally:
+            process.join()
+    return value
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """Say whether it runs in the tests' mount namespace: a zombie no longer does."""
+    try:
+        theirs = os.stat(f"/proc/{process.pid}/ns/mnt")
+    except OSError:  # it has ended meanwhile
+        return False
+    return os.path.samestat(theirs, os.stat("/proc/self/ns/mnt"))
+
+
+def processes_of(usernames: Collection[str]) -> list[psutil.Process]:
+    """Return what runs under the uids of these accounts, if the tests started it."""
+    uids = set()
+    for username in usernames:
+        with contextlib.suppress(KeyError):
+            uids.add(pwd.getpwnam(username).pw_uid)
+    return [
+        process
+        for process in psutil.process_iter(["uids"])
+        if process.info["uids"] and uids & {*process.info["uids"]} and is_ours(process)
+    ]
+
+
+def title_of(process: psutil.Process) -> str:
+    """Return what ps shows of a process, or nothing if it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline()).strip()
+    return ""
+
+
+def kill_all(find: Callable[[], list[psutil.Process]], what: str) -> None:
+    """Kill what `find` returns until it finds nothing more."""
+
+    def nothing_left() -> bool:
+        found = find()
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        return not found
+
+    wait_until(nothing_left, 20, f"the end of {what}")
+
+
+def make_certificate(
+    directory: Path,
+    name: str = "cert",
+    days: int = 365,
+    key: str = "ec",
+    passphrase: str = "",
+) -> tuple[Path, Path]:
+    """Write a certificate for localhost, valid from now (-1 days: until yesterday).
+
+    Returns: the files of the certificate and of its key (`ec` or `rsa`).
+    """
+    cert_file, key_file = directory / f"{name}.pem", directory / f"{name}.key"
+    size = {"ec": "ec_paramgen_curve:P-256", "rsa": "rsa_keygen_bits:2048"}[key]
+    hide = f"-passout pass:{passphrase}" if passphrase else "-nodes"
+    request = subprocess.run(
+        f"openssl req -new -newkey {key} -pkeyopt {size} {hide} -subj /CN=localhost"
+        f" -addext subjectAltName=DNS:localhost -keyout {key_file}".split(),
+        check=True,
+        capture_output=True,
+    )
+    subprocess.run(
+        f"openssl x509 -req -days {days} -copy_extensions copy -signkey {key_file}"
+        f" -passin pass:{passphrase} -out {cert_file}".split(),
+        input=request.stdout,
+        check=True,
+        capture_output=True,
+    )
+    return cert_file, key_file
+
+
+def free_port_range(count: int) -> int:
+    """Return the first of `count` successive ports that nobody has, in any family.
+
+    They lie below those that the kernel gives to outgoing connections.
+    """
+    for port in (random.randrange(10000, 32000 - count) for _ in range(100)):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for each in range(port, port + count):
+                server = socket.create_server(
+                    ("::", each), family=socket.AF_INET6, dualstack_ipv6=True
+                )
+                stack.enter_context(server)
+            return port
+    raise OSError(f"no {count} free ports in a row")
+
+
+# ---------------------------------------------------------------------------------------
+# A course
+# ---------------------------------------------------------------------------------------
+
+
+class Launch:
+    """A running `notebooks.py launch`, its output in a file."""
+
+    def __init__(self, config: Path, *options: object, script: Path = NOTEBOOKS):
+        self.log = config.with_name(f"launch-{secrets.token_hex(4)}.log")
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command_line(("launch", *options, config), script),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT,
+            )
+        self.pid = self.process.pid
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def helper(self, role: str) -> psutil.Process:
+        """Return the launcher's own process of that title, which runs by now."""
+
+        def find() -> list[psutil.Process]:
+            children = psutil.Process(self.pid).children()
+            return [x for x in children if title_of(x) == f"notebooks.py: {role}"]
+
+        (helper,) = wait_until(find, 20, f"the {role}")
+        return helper
+
+    def wait_ready(self, seconds: float = 90.0) -> "Launch":
+        def is_ready() -> bool:
+            status = self.process.poll()
+            assert status is None, f"launch ended with {status}:\n{self.output}"
+            return READY in self.output
+
+        try:
+            wait_until(is_ready, seconds, READY)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{self.output}") from None
+        return self
+
+    def stop(self, signum: int = signal.SIGTERM, seconds: float = 10.0) -> int:
+        """Return the exit status of a launch that was sent the signal."""
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+
+class Course:
+    """A directory with configuration, students and material; an end of all it made.
+
+    No account exists before `run("setup")`. The user names, the group and the ports are
+    nobody else's. Settings are keys of notebooks.cfg.
+    """
+
+    def __init__(self, directory: Path, students: int = 2, **settings: object):
+        name = f"nbt{secrets.token_hex(2)}"
+        self.directory = directory
+        self.config = directory / "notebooks.cfg"
+        self.user_list = directory / "students.csv"
+        self.material = directory / "material"
+        self.storage = directory / "storage"
+        self.group = str(settings.get("group", f"{name}s"))
+        self.students = [f"{name}{i}" for i in range(1, students + 1)]
+        self.port = free_port_range(students + 4)
+        self.settings: dict[str, object] = {}
+        self.launches: list[Launch] = []
+        self.resources = contextlib.ExitStack()
+        shutil.copytree(ROOT / "material", self.material)
+        self.write_students(
+            {"username": username, "name": f"Name{i}", "surname": f"Surname{i}"}
+            for i, username in enumerate(self.students, 1)
+        )
+        defaults = {"tutorial_dir": "course", "group": self.group, "port": self.port}
+        self.configure(**{**defaults, **settings})
+
+    def __enter__(self) -> "Course":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def configure(self, **settings: object) -> None:
+        """Write the configuration with these settings added to the earlier ones."""
+        self.settings |= settings
+        left = dict(self.settings)
+        lines = []
+        for section, keys in SECTIONS.items():
+            lines.append(f"[{section}]")
+            lines += [f"{key} = {left.pop(key)}" for key in keys.split() if key in left]
+        assert not left, f"no such keys: {left}"
+        self.config.write_text("\n".join([*lines, ""]))
+
+    def write_students(self, rows: Iterable[Mapping[str, str]]) -> None:
+        """Write the user list; the first row's keys are its columns."""
+        rows = list(rows)
+        with self.user_list.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def rows(self) -> dict[str, dict[str, str]]:
+        """Return the students' rows by username."""
+        with self.user_list.open(newline="", encoding="utf-8-sig") as file:
+            return {row["username"]: row for row in csv.DictReader(file)}
+
+    def run(
+        self, command: str, *options: object, **keywords: Any
+    ) -> subprocess.CompletedProcess[str]:
+        return run(command, *options, self.config, **keywords)
+
+    def check(self, command: str, *options: object, **keywords: Any) -> str:
+        """Run a command that must succeed, and return its standard output."""
+        done = self.run(command, *options, **keywords)
+        assert done.returncode == 0, f"{command}: {done}"
+        return done.stdout
+
+    def launch(self, *options: object, **keywords: Any) -> Launch:
+        """Start `launch`; it is not ready yet."""
+        self.launches.append(Launch(self.config, *options, **keywords))
+        return self.launches[-1]
+
+    def home(self, username: str) -> Path:
+        return Path(pwd.getpwnam(username).pw_dir)
+
+    @property
+    def url(self) -> str:
+        """The landing page's address."""
+        return f"https://localhost:{self.port}/"
+
+    def notebook_url(self, username: str) -> str:
+        return f"https://localhost:{self.rows()[username]['port']}/{username}/"
+
+    def context(self) -> ssl.SSLContext:
+        """Return what trusts the certificate that `launch` made, and no other."""
+        return tls_context(self.directory / "notebooks.pem")
+
+    def notebook(self, username: str) -> "Notebook":
+        """Return a client that has logged in to this student's notebook."""
+        notebook = Notebook(self.notebook_url(username), self.context())
+        notebook.log_in(self.rows()[username]["nb-pass"])
+        return self.resources.enter_context(notebook)
+
+    def processes(self) -> list[psutil.Process]:
+        return processes_of(self.students)
+
+    def servers(self, username: str) -> list[psutil.Process]:
+        """Return the processes that ps shows as this student's notebook server."""
+        title = f"notebooks.py: notebook server of {username}"
+        return [
+            process
+            for process in processes_of([username])
+            if title_of(process) == title
+        ]
+
+    def server(self, username: str) -> psutil.Process:
+        """Return the one notebook server of this student."""
+        (server,) = self.servers(username)
+        return server
+
+    def close(self) -> None:
+        self.resources.close()
+        for launch in self.launches:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed then
+                launch.stop()
+        kill_all(self.processes, f"all processes of {self.students}")
+        entries = {entry.pw_name for entry in pwd.getpwall()}
+        for username in entries & {*self.students}:
+            subprocess.run(
+                ["userdel", "--force", "--remove", username],
+                check=True,
+                stderr=subprocess.DEVNULL,  # it misses a mail spool
+            )
+        if self.group in {entry.gr_name for entry in grp.getgrall()}:
+            subprocess.run(["groupdel", self.group], check=True)
+
+
+# ---------------------------------------------------------------------------------------
+# A client of web pages and of Jupyter servers
+# ---------------------------------------------------------------------------------------
+
+
+class Response(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def tls_context(certificate: Path | None = None) -> ssl.SSLContext:
+    """Return what trusts this certificate only, or any if none is named."""
+    if certificate:
+        return ssl.create_default_context(cafile=certificate)
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def fetch(
+    url: str,
+    method: str = "GET",
+    body: str | bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    context: ssl.SSLContext | None = None,
+    timeout: float = 30.0,
+) -> Response:
+    """Make one request; redirects are returned, not followed."""
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=timeout)
+    if parts.scheme == "https":
+        connection = http.client.HTTPSConnection(
+            parts.netloc, timeout=timeout, context=context or tls_context()
+        )
+    with contextlib.closing(connection):
+        target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        data = body.encode() if isinstance(body, str) else body
+        connection.request(method, target, data, dict(headers or {}))
+        answer = connection.getresponse()
+        return Response(answer.status, answer.headers, answer.read())
+
+
+class LogInRefused(Exception):
+    """The server did not take the password."""
+
+
+class ExecutionError(Exception):
+    """The code raised; the message is the traceback."""
+
+
+class Notebook:
+    """A browser's side of one Jupyter server, as far as tests need it."""
+
+    def __init__(self, url: str, context: ssl.SSLContext | None = None):
+        self.url = url
+        self.context = context or tls_context()
+        self.cookies = http.cookies.SimpleCookie()
+        self.resources = contextlib.ExitStack()
+        self.kernel_id = ""
+        self.kernel_channels: websocket.WebSocket | None = None
+
+    def __enter__(self) -> "Notebook":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.resources.close()
+
+    def cookie_header(self) -> str:
+        return "; ".join(f"{x.key}={x.coded_value}" for x in self.cookies.values())
+
+    def fetch(
+        self,
+        path: str,
+        method: str = "GET",
+        body: str | bytes | None = None,
+        content_type: str = "application/json",
+    ) -> Response:
+        """Make a request with the cookies so far, and keep those that come back."""
+        headers = {"Cookie": self.cookie_header()}
+        if method != "GET" and "_xsrf" in self.cookies:
+            headers["X-XSRFToken"] = self.cookies["_xsrf"].value
+        if body is not None:
+            headers["Content-Type"] = content_type
+        url = urllib.parse.urljoin(self.url, path)
+        response = fetch(url, method, body, headers, self.context)
+        for cookie in response.headers.get_all("Set-Cookie", []):
+            self.cookies.load(cookie)
+        return response
+
+    def log_in(self, password: str) -> None:
+        """Log in as the form does.
+
+        Raises: LogInRefused.
+        """
+        self.fetch("login")
+        form = {"_xsrf": self.cookies["_xsrf"].value, "password": password}
+        response = self.fetch(
+            "login",
+            "POST",
+            urllib.parse.urlencode(form),
+            "application/x-www-form-urlencoded",
+        )
+        if response.status != http.client.FOUND:
+            raise LogInRefused(f"{self.url}: {response.status}")
+
+    def api(self, method: str, path: str, body: object = None) -> Any:
+        """Make a call of the REST API, such as `contents/welcome.ipynb`."""
+        data = None if body is None else json.dumps(body)
+        response = self.fetch(f"api/{path}", method, data)
+        assert response.status < 400, f"{method} {path}: {response}"
+        return response.json if response.body else None
+
+    def open_websocket(self, path: str, seconds: float = 60.0) -> websocket.WebSocket:
+        url = urllib.parse.urljoin(self.url.replace("http", "ws", 1), path)
+        channel = websocket.create_connection(
+            url,
+            timeout=seconds,
+            cookie=self.cookie_header(),
+            sslopt={"context": self.context},
+        )
+        self.resources.callback(channel.close, timeout=1)
+        return channel
+
+    def start_kernel(self, **specification: str) -> None:
+        """Start a kernel (name=, path=) for the code that follows."""
+        self.kernel_id = self.api("POST", "kernels", specification)["id"]
+        self.kernel_channels = self.open_websocket(
+            f"api/kernels/{self.kernel_id}/channels"
+        )
+
+    def execute(self, code: str) -> str:
+        """Return what a cell with this code would show, without the last line end.
+
+        Raises: ExecutionError.
+        """
+        if self.kernel_channels is None:
+            self.start_kernel()
+        channels = self.kernel_channels
+        assert channels is not None
+        header = {
+            "msg_id": uuid.uuid4().hex,
+            "msg_type": "execute_request",
+            "session": uuid.uuid4().hex,
+            "username": "",
+            "version": "5.3",
+        }
+        request = {"channel": "shell", "header": header, "parent_header": {}}
+        content = {"code": code, "silent": False, "allow_stdin": False}
+        channels.send(json.dumps({**request, "metadata": {}, "content": content}))
+        output = []
+        while True:
+            message = json.loads(channels.recv())
+            content = message["content"]
+            if message["parent_header"].get("msg_id") != header["msg_id"]:
+                continue
+            match message["msg_type"]:
+                case "stream":
+                    output.append(content["text"])
+                case "execute_result" | "display_data":
+                    output.append(content["data"].get("text/plain", "") + "\n")
+                case "error":
+                    raise ExecutionError("\n".join(content["traceback"]))
+                case "status" if content["execution_state"] == "idle":
+                    return "".join(output).removesuffix("\n")
+
+    def execute_in_terminal(self, command: str) -> str:
+        """Return what a command prints in a new terminal of the server's."""
+        name = self.api("POST", "terminals")["name"]
+        channel = self.open_websocket(f"terminals/websocket/{name}")
+        # The shell computes the marks, so that they are not found in the echoed line.
+        typed = f"echo begin-$((6*7)); {command}; echo end-$((6*7))\r"
+        channel.send(json.dumps(["stdin", typed]))
+        shown = ""
+        while "end-42" not in shown:
+            kind, *texts = json.loads(channel.recv())
+            if kind == "stdout":
+                shown += texts[0]
+        text = shown.replace("\r\n", "\n").partition("begin-42\n")[2]
+        return text.partition("end-42")[0].removesuffix("\n")
+
+
+# ---------------------------------------------------------------------------------------
+# A browser
+# ---------------------------------------------------------------------------------------
+
+
+def environment_has(process: psutil.Process, name: str, value: str) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.environ().get(name) == value
+    return False
+
+
+@contextlib.contextmanager
+def chromium(width: int = 1280, height: int = 900) -> Iterator[WebDriver]:
+    """Yield a headless Chromium that leaves no file and no process."""
+    with tempfile.TemporaryDirectory(prefix="nbt-", dir="/tmp") as home:
+        options = Options()
+        options.binary_location = CHROMIUM
+        for argument in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            "--ignore-certificate-errors",
+            f"--window-size={width},{height}",
+            f"--user-data-dir={home}/profile",
+        ):
+            options.add_argument(argument)
+        environment = {**ENVIRONMENT, "HOME": home, "TMPDIR": home}
+        service = Service(CHROMEDRIVER, env=environment)
+        phone = dict(width=width, height=height, deviceScaleFactor=1, mobile=True)
+        try:
+            driver = WebDriver(options, service)
+            try:
+                driver.set_page_load_timeout(60)
+                if width < 500:  # no window is narrower; a phone's page is
+                    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+                yield driver
+            finally:
+                driver.quit()
+        finally:
+            kill_all(
+                lambda: [
+                    process
+                    for process in psutil.process_iter()
+                    if environment_has(process, "TMPDIR", home)
+                ],
+                "Chromium",
+            )

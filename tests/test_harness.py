@@ -1,0 +1,55 @@
+"""What the other tests rely on: an account of theirs never reaches the machine."""
+
+import os
+import pwd
+import subprocess
+from pathlib import Path
+
+import conftest
+import pytest
+from support import Course, is_ours, run_as, wait_until
+
+pytestmark = pytest.mark.root
+
+
+def machine(path: str) -> Path:
+    """Return a path as it is outside of the tests' mount namespace."""
+    return Path(f"/proc/self/fd/{conftest.MACHINE_ROOT}") / path.lstrip("/")
+
+
+def add_account(username: str) -> None:
+    subprocess.run(["useradd", "--create-home", username], check=True)
+
+
+def test_an_account_of_a_test_does_not_reach_the_machine(course: Course) -> None:
+    username = course.students[0]
+    files = ["/etc/passwd", "/etc/shadow", "/etc/group", "/etc/gshadow", "/etc/subuid"]
+    before = [machine(path).read_bytes() for path in files]
+    add_account(username)
+    assert course.home(username).is_dir()
+    assert [machine(path).read_bytes() for path in files] == before
+    assert not machine(f"/home/{username}").exists()
+
+
+def test_all_files_of_a_home_are_on_one_device(course: Course) -> None:
+    username = course.students[0]
+    add_account(username)
+    home = course.home(username)
+    run_as(username, "touch", "file")
+    assert {os.lstat(path).st_dev for path in (home, *home.iterdir())} == {
+        os.stat("/home").st_dev
+    }
+
+
+def test_a_course_ends_what_its_students_run_and_deletes_them(tmp_path: Path) -> None:
+    with Course(tmp_path) as course:
+        username = course.students[0]
+        add_account(username)
+        script = "exec >&- 2>&-; trap '' TERM; while :; do sleep 10 & sleep 0.01; done"
+        run_as(username, "setsid", "--fork", "sh", "-c", script)
+        wait_until(lambda: len(course.processes()) > 5, 10, "processes of a student")
+        home, running = course.home(username), course.processes()
+    with pytest.raises(KeyError):
+        pwd.getpwnam(username)
+    assert not home.exists()
+    assert not [process for process in running if is_ours(process)]

@@ -1,0 +1,651 @@
+"""A student's server: what it does for its student, and what it keeps secret."""
+
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pwd
+import re
+import select
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import notebooks
+import psutil
+import pytest
+import support
+from support import (
+    ENVIRONMENT,
+    ROOT,
+    Course,
+    Launch,
+    LogInRefused,
+    Notebook,
+    Response,
+    fetch,
+    run_as,
+    title_of,
+)
+
+pytestmark = pytest.mark.root
+
+HASH = re.compile(rb"sha256:([0-9a-f]{16}):([0-9a-f]{64})")
+IMAGE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAA"
+    "AABJRU5ErkJggg=="
+)
+KERNEL_VARIABLES = {"JPY_PARENT_PID", "JPY_SESSION_NAME", "PYDEVD_USE_FRAME_EVAL"}
+TERMINAL_VARIABLES = {"JUPYTER_SERVER_ROOT", "JUPYTER_SERVER_URL", "TERM", "COLUMNS"}
+TERMINAL_VARIABLES |= {"LINES", "PYXTERM_DIMENSIONS", "LS_COLORS"}
+
+
+class Running(NamedTuple):
+    """A course whose servers run, and all that ps could have shown meanwhile."""
+
+    course: Course
+    launch: Launch
+    seen: set[bytes]
+
+
+def process_texts() -> set[bytes]:
+    """Return each process's command line and environment."""
+    texts = set()
+    for process in psutil.process_iter():
+        for name in ("cmdline", "environ"):
+            with contextlib.suppress(OSError):
+                texts.add(Path(f"/proc/{process.pid}/{name}").read_bytes())
+    return texts
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Iterator[pwd.struct_passwd]:
+    """A user who called sudo, and has an IPython profile for the course."""
+    name = f"nbteacher{os.getpid()}"
+    subprocess.run(["useradd", "--create-home", name], check=True)
+    account = pwd.getpwnam(name)
+    startup = Path(account.pw_dir, ".ipython/profile_course/startup")
+    script = 'mkdir -p "$0" && echo "given = \'by the teacher\'" >"$0/00-x.py"'
+    run_as(name, "sh", "-c", script, startup, check=True)
+    yield account
+    subprocess.run(["userdel", "--remove", name], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def running(
+    tmp_path_factory: pytest.TempPathFactory, teacher: pwd.struct_passwd
+) -> Iterator[Running]:
+    directory = tmp_path_factory.mktemp("course")
+    with Course(directory, 3, profile="course", idle_minutes=7) as course:
+        course.check("setup", env={"SUDO_UID": str(teacher.pw_uid)})
+        course.check("send")
+        launch = course.launch()
+        seen: set[bytes] = set()
+        while launch.process.poll() is None and "Ready:" not in launch.output:
+            seen |= process_texts()
+        launch.wait_ready(1)
+        yield Running(course, launch, seen)
+
+
+@pytest.fixture(scope="module")
+def course(running: Running) -> Course:
+    return running.course
+
+
+@pytest.fixture(scope="module")
+def student(course: Course) -> str:
+    return course.students[0]
+
+
+@pytest.fixture(scope="module")
+def notebook(course: Course, student: str) -> Notebook:
+    """The first student's notebook, with a kernel."""
+    notebook = course.notebook(student)
+    notebook.start_kernel(path="welcome.ipynb")
+    notebook.execute(
+        "import json, os, socket, stat, subprocess; from time import sleep"
+    )
+    return notebook
+
+
+def shell(notebook: Notebook, command: str) -> str:
+    """Return what a command prints that the kernel runs."""
+    return notebook.execute(f"print(subprocess.getoutput({command!r}))")
+
+
+def passwords(course: Course) -> dict[str, list[bytes]]:
+    """Return the student's passwords, that for the notebook first."""
+    return {
+        name: [row["nb-pass"].encode(), row["sys-pass"].encode()]
+        for name, row in course.rows().items()
+    }
+
+
+def make_notebook(notebook: Notebook, path: str) -> None:
+    """Save a notebook whose output is an image."""
+    output = {
+        "output_type": "display_data",
+        "metadata": {},
+        "data": {"image/png": IMAGE, "text/plain": "an image"},
+    }
+    cell = {
+        "cell_type": "code",
+        "id": "cell",
+        "metadata": {},
+        "source": "6 * 7",
+        "execution_count": 1,
+        "outputs": [output],
+    }
+    content = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    model = {"type": "notebook", "format": "json", "content": content}
+    notebook.api("PUT", f"contents/{path}", model)
+
+
+def get(notebook: Notebook, path: str) -> Response:
+    """Download as the front end does: the server asks where the request comes from."""
+    token = notebook.cookies["_xsrf"].value
+    return notebook.fetch(f"{path}?download=true&_xsrf={token}")
+
+
+def export(notebook: Notebook, kind: str, path: str) -> Response:
+    return get(notebook, f"nbconvert/{kind}/{path}")
+
+
+# ---------------------------------------------------------------------------------------
+# What works
+# ---------------------------------------------------------------------------------------
+
+
+def test_each_student_logs_in_with_their_own_password_only(course: Course) -> None:
+    for username in course.students:
+        for other, row in course.rows().items():
+            notebook = Notebook(course.notebook_url(username), course.context())
+            if other == username:
+                notebook.log_in(row["nb-pass"])
+                assert notebook.api("GET", "contents")["type"] == "directory"
+            else:
+                with pytest.raises(LogInRefused):
+                    notebook.log_in(row["nb-pass"])
+                assert notebook.fetch("api/contents").status == 403
+
+
+def test_a_log_in_is_good_for_one_server_only(
+    course: Course, notebook: Notebook
+) -> None:
+    other = Notebook(course.notebook_url(course.students[1]), course.context())
+    other.cookies = notebook.cookies
+    assert notebook.fetch("api/contents").status == 200
+    assert other.fetch("api/contents").status == 403
+
+
+def test_kernels_run_as_their_student(course: Course) -> None:
+    for username in course.students:
+        account = pwd.getpwnam(username)
+        ids = (account.pw_uid,) * 3, (account.pw_gid,) * 3
+        code = "import os; os.getresuid(), os.getresgid()"
+        assert course.notebook(username).execute(code) == repr(ids)
+
+
+def test_kernels_have_the_groups_and_the_limits_of_their_student(
+    course: Course, student: str, notebook: Notebook
+) -> None:
+    groups = os.getgrouplist(student, pwd.getpwnam(student).pw_gid)
+    assert course.group in shell(notebook, "id -nG").split()
+    assert notebook.execute("sorted(os.getgroups())") == repr(sorted(groups))
+    assert shell(notebook, "bash -c 'ulimit -Hu'") == str(notebooks.MAX_PROCESSES)
+
+
+def test_kernels_run_with_the_teachers_ipython_profile(notebook: Notebook) -> None:
+    assert notebook.execute("given") == "'by the teacher'"
+
+
+def test_a_kernel_starts_where_its_notebook_is(
+    course: Course, student: str, notebook: Notebook
+) -> None:
+    start = course.home(student) / "course/material"
+    assert shell(notebook, "pwd") == str(start)
+
+
+def test_the_environment_of_a_kernel_is_the_students(
+    course: Course, student: str, notebook: Notebook
+) -> None:
+    code = "print(json.dumps(dict(os.environ)))"
+    check_environment(course, student, json.loads(notebook.execute(code)))
+
+
+def check_environment(
+    course: Course, username: str, environment: dict[str, str]
+) -> None:
+    home = str(course.home(username))
+    wanted = {"HOME": home, "USER": username, "LOGNAME": username, "SHELL": "/bin/bash"}
+    assert wanted.items() <= environment.items()
+    for value in environment.values():
+        for foreign in ("/root", "template", str(course.directory)):
+            assert foreign not in value
+
+
+def test_kernels_and_terminals_get_no_other_variables(
+    course: Course, student: str, notebook: Notebook
+) -> None:
+    own = {*notebooks.server_environment(pwd.getpwnam(student))}
+    own |= {"PWD", "OLDPWD", "SHLVL", "_"}  # the shell's
+    in_kernel = notebook.execute("print(*os.environ)").split()
+    in_terminal = notebook.execute_in_terminal("compgen -e").split()
+    assert {*in_terminal} - own - TERMINAL_VARIABLES == set()
+    ipython = {"CLICOLOR", "CLICOLOR_FORCE", "FORCE_COLOR", "GIT_PAGER", "MPLBACKEND"}
+    ipython |= {"PAGER", "TERM"}
+    assert {*in_kernel} - own - KERNEL_VARIABLES - ipython == set()
+
+
+def test_a_terminal_is_a_login_shell_of_the_student(
+    course: Course, student: str, notebook: Notebook
+) -> None:
+    command = "shopt -q login_shell && echo login; id -un; umask; echo $HOME"
+    lines = notebook.execute_in_terminal(command).split()
+    assert lines == ["login", student, "0077", str(course.home(student))]
+
+
+def test_contents_can_be_made_read_renamed_and_changed(notebook: Notebook) -> None:
+    model = {"type": "file", "format": "text", "content": "first"}
+    notebook.api("PUT", "contents/a file.txt".replace(" ", "%20"), model)
+    notebook.api("PATCH", "contents/a%20file.txt", {"path": "data/b.txt"})
+    notebook.api("PUT", "contents/data/b.txt", {**model, "content": "second"})
+    assert notebook.api("GET", "contents/data/b.txt")["content"] == "second"
+    assert get(notebook, "files/data/b.txt").text == "second"
+    assert notebook.fetch("api/contents/a%20file.txt").status == 404
+
+
+def test_new_files_are_the_students_alone(
+    course: Course, student: str, notebook: Notebook
+) -> None:
+    make_notebook(notebook, "mine.ipynb")
+    info = (course.home(student) / "course/material/mine.ipynb").stat()
+    assert (info.st_uid, info.st_mode & 0o077) == (pwd.getpwnam(student).pw_uid, 0)
+
+
+def test_what_is_deleted_goes_to_the_students_trash(
+    course: Course, student: str, notebook: Notebook
+) -> None:
+    model = {"type": "file", "format": "text", "content": "rubbish"}
+    notebook.api("PUT", "contents/rubbish.txt", model)
+    notebook.api("DELETE", "contents/rubbish.txt")
+    home = course.home(student)
+    assert not (home / "course/material/rubbish.txt").exists()
+    trash = home / ".local/share/Trash/files/rubbish.txt"
+    assert trash.read_text() == "rubbish"
+    assert trash.owner() == student
+
+
+def test_settings_workspaces_and_configuration_are_kept_in_the_home(
+    course: Course, student: str, notebook: Notebook
+) -> None:
+    settings = "lab/api/settings/@jupyterlab/notebook-extension:tracker"
+    raw = '{"windowingMode": "full"}'
+    assert notebook.fetch(settings, "PUT", json.dumps({"raw": raw})).status == 204
+    assert notebook.fetch(settings).json["raw"] == raw
+    assert notebook.fetch("lab/api/settings").status == 200
+    workspace = {"data": {"x": 1}, "metadata": {"id": "default"}}
+    path = "lab/api/workspaces/default"
+    assert notebook.fetch(path, "PUT", json.dumps(workspace)).status == 204
+    assert notebook.fetch(path).json["data"] == {"x": 1}
+    assert notebook.api("PATCH", "config/notebook", {"key": 1}) == {"key": 1}
+    kept = [*(course.home(student) / ".jupyter").rglob("*")]
+    assert {path.owner() for path in kept} == {student}
+    assert {".jupyterlab-settings", ".jupyterlab-workspace", ".json"} <= {
+        path.suffix for path in kept
+    }
+
+
+@pytest.mark.parametrize("page", ["tree", "lab", "notebooks/welcome.ipynb", "api/me"])
+def test_pages_of_the_front_end_are_there(notebook: Notebook, page: str) -> None:
+    assert notebook.fetch(page).status == 200
+
+
+def test_pages_need_a_log_in(course: Course, student: str) -> None:
+    url = course.notebook_url(student)
+    for page in ("tree", "files/welcome.ipynb", "nbconvert/html/welcome.ipynb"):
+        response = fetch(url + page, context=course.context())
+        assert response.status == 302
+        assert response.headers["Location"].startswith(f"/{student}/login?")
+    for page in ("contents", "kernels", "terminals", "nbconvert"):
+        assert fetch(f"{url}api/{page}", context=course.context()).status == 403
+
+
+def test_the_export_formats_are_listed(notebook: Notebook) -> None:
+    formats = notebook.api("GET", "nbconvert")
+    assert {"html", "markdown", "pdf", "script"} <= {*formats}
+    assert all("output_mimetype" in entry for entry in formats.values())
+
+
+def test_a_notebook_is_exported_to_html(notebook: Notebook) -> None:
+    make_notebook(notebook, "image.ipynb")
+    response = export(notebook, "html", "image.ipynb")
+    assert response.status == 200
+    assert response.headers["Content-Type"].startswith("text/html")
+    assert "image.html" in response.headers["Content-Disposition"]
+    assert "sandbox" in response.headers["Content-Security-Policy"]
+    assert IMAGE in response.text.replace("\n", "")
+
+
+def test_an_export_of_several_files_is_zipped(notebook: Notebook) -> None:
+    make_notebook(notebook, "image.ipynb")
+    response = export(notebook, "markdown", "image.ipynb")
+    assert "image.zip" in response.headers["Content-Disposition"]
+    with zipfile.ZipFile(io.BytesIO(response.body)) as archive:
+        (image,) = [name for name in archive.namelist() if name.endswith(".png")]
+        assert "image.md" in archive.namelist()
+        assert image in archive.read("image.md").decode()
+        assert archive.read(image) == base64.b64decode(IMAGE)
+
+
+def test_an_export_is_refused_to_other_sites_and_for_unknown_things(
+    notebook: Notebook,
+) -> None:
+    assert notebook.fetch("nbconvert/html/welcome.ipynb").status == 403
+    assert export(notebook, "unknown", "welcome.ipynb").status == 404
+    assert export(notebook, "html", "missing.ipynb").status == 404
+    assert export(notebook, "html", "%2e%2e/%2e%2e/.bashrc").status in (400, 404)
+
+
+def test_a_failing_export_names_the_reason(notebook: Notebook) -> None:
+    model = {"type": "file", "format": "text", "content": "not a notebook"}
+    notebook.api("PUT", "contents/broken.txt", model)
+    response = export(notebook, "html", "broken.txt")
+    assert response.status == 500
+    assert "nbconvert failed" in response.text
+
+
+# ---------------------------------------------------------------------------------------
+# What is secret
+# ---------------------------------------------------------------------------------------
+
+
+def test_no_process_shows_a_password_or_a_hash(running: Running) -> None:
+    for text in running.seen | process_texts():
+        assert not HASH.search(text)
+        for words in passwords(running.course).values():
+            assert not [word for word in words if word in text]
+    config = str(running.course.config).encode()
+    assert any(config in text for text in running.seen)  # it did look
+
+
+def test_no_student_and_no_server_has_the_key(running: Running) -> None:
+    course, launch = running.course, running.launch
+    certificate = course.directory / notebooks.CERTIFICATE_NAME
+    assert certificate.stat().st_mode & 0o777 == 0o600
+    assert "PRIVATE KEY" in certificate.read_text()
+    helpers = [launch.helper("template process"), launch.helper("webserver")]
+    for process in [*helpers, *map(course.server, course.students)]:
+        links = [os.readlink(fd) for fd in Path(f"/proc/{process.pid}/fd").iterdir()]
+        assert len(links) > 3
+        assert str(certificate) not in links
+
+
+def memory_of(process: psutil.Process) -> Iterator[bytes]:
+    """Yield the memory of a process, each mapping in one piece."""
+    maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+    with open(f"/proc/{process.pid}/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            span, rights = line.split()[:2]
+            if rights.startswith("rw") and "[v" not in line:
+                start, end = (int(number, 16) for number in span.split("-"))
+                memory.seek(start)
+                with contextlib.suppress(OSError):
+                    yield memory.read(end - start)
+
+
+def secrets_in(process: psutil.Process, course: Course) -> set[tuple[str, str]]:
+    """Return whose password, system password or password's hash is in the memory."""
+    words = passwords(course)
+    found = set()
+    for data in memory_of(process):
+        for username, (notebook_password, system_password) in words.items():
+            if notebook_password in data:
+                found.add((username, "nb-pass"))
+            if system_password in data:
+                found.add((username, "sys-pass"))
+            for salt, digest in HASH.findall(data):
+                computed = hashlib.sha256(notebook_password + salt).hexdigest()
+                if computed.encode() == digest:
+                    found.add((username, "hash"))
+    return found
+
+
+def test_no_memory_holds_the_secrets_of_another_student(running: Running) -> None:
+    course, launch = running.course, running.launch
+    for username in course.students:
+        course.notebook(username)  # after their log-in
+    for username in course.students:
+        found = secrets_in(course.server(username), course)
+        assert (username, "hash") in found  # the search works
+        assert found <= {(username, "hash"), (username, "nb-pass")}
+    for role in ("template process", "webserver"):
+        assert secrets_in(launch.helper(role), course) == set()
+    everything = {(username, "nb-pass") for username in course.students}
+    assert everything <= secrets_in(psutil.Process(launch.pid), course)
+
+
+def listening(process: psutil.Process) -> list[tuple[str, int]]:
+    """Return the addresses on which a process listens with TCP."""
+    return [
+        (connection.laddr.ip, connection.laddr.port)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
+def test_servers_listen_on_their_ports_only(course: Course) -> None:
+    for username, row in course.rows().items():
+        assert listening(course.server(username)) == [("::", int(row["port"]))]
+
+
+LISTEN = """
+import sys, zmq
+for kind in (zmq.SUB, zmq.PULL, zmq.DEALER):
+    with zmq.Context() as context, context.socket(kind) as channel:
+        channel.linger = 0
+        if kind == zmq.SUB:
+            channel.subscribe(b"")
+        channel.connect(sys.argv[1])
+        print("ready", flush=True)
+        if channel.poll(700):
+            print("heard", channel.recv(), flush=True)
+"""
+
+
+def test_a_kernel_tells_nothing_by_tcp(
+    course: Course, student: str, notebook: Notebook
+) -> None:
+    """Its one TCP socket is ipykernel's, for output of forks: it only takes."""
+    (kernel,) = [
+        process
+        for process in course.processes()
+        if notebook.kernel_id in title_of(process)
+    ]
+    ((host, port),) = listening(kernel)
+    assert host == "127.0.0.1"
+    assert eavesdrop(course.students[1], f"tcp://{host}:{port}", notebook) == ""
+    directory = notebooks.RUNTIME_DIR / str(kernel.uids().real)
+    details = json.loads((directory / f"kernel-{notebook.kernel_id}.json").read_text())
+    address = "ipc://{ip}-{iopub_port}".format_map(details)
+    assert "heard" in eavesdrop(student, address, notebook)
+
+
+def eavesdrop(username: str, address: str, notebook: Notebook) -> str:
+    """Return what a user hears of a kernel that speaks."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LISTEN, address],
+        stdout=subprocess.PIPE,
+        text=True,
+        user=username,
+        group=pwd.getpwnam(username).pw_gid,
+        extra_groups=[],
+        env=ENVIRONMENT,
+    ) as process:
+        assert process.stdout
+        heard = ""
+        for line in process.stdout:
+            if line == "ready\n":
+                notebook.execute("for _ in range(8): print('a secret'), sleep(0.1)")
+            else:
+                heard += line
+    return heard
+
+
+CONNECT = """
+import socket, sys
+for path in sys.argv[1:]:
+    with socket.socket(socket.AF_UNIX) as channel:
+        try:
+            channel.connect(path)
+            print("connected")
+        except OSError as error:
+            print(type(error).__name__)
+"""
+
+
+def test_a_kernels_sockets_are_closed_to_other_students(
+    course: Course, student: str, notebook: Notebook
+) -> None:
+    directory = notebooks.RUNTIME_DIR / str(pwd.getpwnam(student).pw_uid)
+    sockets = [path for path in directory.iterdir() if path.is_socket()]
+    assert len(sockets) >= 5  # of one kernel
+    for username, outcome in zip(course.students, ("connected", "PermissionError")):
+        done = run_as(username, sys.executable, "-c", CONNECT, *sockets)
+        assert {*done.stdout.split()} == {outcome}
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert run_as(course.students[1], "ls", directory).returncode != 0
+    connection_file = next(directory.glob("kernel-*.json"))
+    assert run_as(student, "cat", connection_file).returncode == 0
+    assert run_as(course.students[1], "cat", connection_file).returncode != 0
+
+
+DESCRIPTORS = """
+for name in os.listdir("/proc/self/fd"):
+    try:
+        info, target = os.fstat(int(name)), os.readlink(f"/proc/self/fd/{name}")
+    except OSError:
+        continue
+    if stat.S_ISSOCK(info.st_mode):
+        with socket.socket(fileno=os.dup(int(name))) as each:
+            target = f"{each.family.name} {each.getsockname()!r}"
+    print(info.st_uid, target)
+"""
+
+
+def test_a_kernel_holds_nothing_of_the_servers_and_of_roots(
+    course: Course, student: str, notebook: Notebook
+) -> None:
+    uid = pwd.getpwnam(student).pw_uid
+    lines = [line.split(" ", 1) for line in notebook.execute(DESCRIPTORS).splitlines()]
+    foreign = {target for owner, target in lines if int(owner) != uid}
+    harmless = ("/dev/null", "anon_inode:", "pipe:")
+    assert not [target for target in foreign if not target.startswith(harmless)]
+    for row in course.rows().values():
+        assert not [target for _, target in lines if f" {row['port']}," in target]
+    assert [target for _, target in lines if target.startswith("AF_UNIX")]
+
+
+def test_a_terminal_holds_nothing_but_itself(notebook: Notebook) -> None:
+    shown = notebook.execute_in_terminal("readlink /proc/$$/fd/*").split()
+    assert shown and all(target.startswith("/dev/pts/") for target in shown)
+
+
+def test_a_server_cannot_be_dumped_or_traced(running: Running) -> None:
+    """What is not dumpable belongs to root in /proc: proc(5), prctl(2)."""
+    course, launch = running.course, running.launch
+    processes = [course.server(username) for username in course.students]
+    for process in [*processes, launch.helper("webserver")]:
+        assert process.uids().real != 0
+        assert os.stat(f"/proc/{process.pid}/mem").st_uid == 0
+
+
+def test_no_id_of_roots_is_left_in_a_server(course: Course) -> None:
+    for username in course.students:
+        account, process = pwd.getpwnam(username), course.server(username)
+        assert {*process.uids()} == {account.pw_uid}
+        assert {*process.gids()} == {account.pw_gid}
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        groups = os.getgrouplist(username, account.pw_gid)
+        (shown,) = re.findall(r"^Groups:\t(.*)$", status, re.MULTILINE)
+        assert {*map(int, shown.split())} == {*groups}
+        assert (
+            re.findall(r"^Cap(?:Prm|Eff):\t(\w+)$", status, re.MULTILINE)
+            == ["0" * 16] * 2
+        )
+
+
+# ---------------------------------------------------------------------------------------
+# Seen from inside
+# ---------------------------------------------------------------------------------------
+
+
+class Probe(NamedTuple):
+    """A server of tests/probe.py after typical use, and its report."""
+
+    modules: list[str]
+    old_home: list[str]
+    idle_seconds: list[int]
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
+    with Course(tmp_path_factory.mktemp("probe"), 1, idle_minutes=7) as course:
+        (username,) = course.students
+        course.check("setup")
+        course.check("send")
+        course.write_students([{**course.rows()[username], "port": str(course.port)}])
+        command = [
+            sys.executable,
+            "-I",
+            str(ROOT / "tests/probe.py"),
+            str(course.config),
+        ]
+        process = subprocess.Popen(
+            [*command, username], stdout=subprocess.PIPE, env=ENVIRONMENT
+        )
+        with process:
+            try:
+                yield use_probe(course, username, process)
+            finally:
+                process.kill()
+
+
+def use_probe(
+    course: Course, username: str, process: "subprocess.Popen[bytes]"
+) -> Probe:
+    """Do what students do, then have the server report."""
+    certificate = course.directory / notebooks.CERTIFICATE_NAME
+    support.wait_until(certificate.exists, 30, "the certificate")
+    notebook = course.notebook(username)
+    for page in ("", "tree", "lab/api/settings", "api/status", "api/kernelspecs"):
+        notebook.fetch(page)
+    assert notebook.execute("1 + 1") == "2"
+    notebook.execute_in_terminal("true")
+    make_notebook(notebook, "image.ipynb")
+    notebook.api("POST", "contents/image.ipynb/checkpoints", {})
+    export(notebook, "markdown", "image.ipynb")
+    notebook.api("DELETE", "contents/image.ipynb")
+    course.server(username).send_signal(signal.SIGUSR2)
+    assert process.stdout
+    ready, _, _ = select.select([process.stdout], [], [], 60)
+    assert ready, "no report"
+    return Probe(**json.loads(process.stdout.readline()))
+
+
+def test_the_template_has_imported_what_servers_need(probe: Probe) -> None:
+    assert len(probe.modules) < 4, probe.modules  # a codec, at times
+
+
+def test_nothing_of_the_templates_home_is_left_in_a_server(probe: Probe) -> None:
+    assert not probe.old_home, "\n".join(probe.old_home)
+
+
+def test_idle_servers_kernels_and_terminals_are_ended(probe: Probe) -> None:
+    assert probe.idle_seconds == [7 * 60] * 3

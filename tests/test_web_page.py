@@ -1,0 +1,375 @@
+"""The web page: what it shows, where it leads, and what it lets nobody do."""
+
+import base64
+import contextlib
+import hashlib
+import html.parser
+import http.client
+import pwd
+import re
+import socket
+import ssl
+import urllib.parse
+from collections.abc import Iterator, Mapping
+
+import psutil
+import pytest
+
+import notebooks
+from conftest import CourseMaker
+from support import Course, Response, fetch, tls_context
+
+HOSTILE = '<script>alert("1")</script> & Zoë'
+TITLE = "<i>R&D</i> {style} 100%"
+TAGS = "html head meta title style body h1 p form input button ul li a span code"
+# The students' names. In paths {bo} and {zoe} stand for their user names.
+NAMES = {"bo": "", "zoe": HOSTILE}
+
+
+class Page(html.parser.HTMLParser):
+    """The elements of a page: tag, attributes, and the text up to the next tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None], str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), ""))
+
+    def handle_data(self, data: str) -> None:
+        if self.elements:
+            tag, attributes, text = self.elements[-1]
+            self.elements[-1] = tag, attributes, (text + data).rstrip()
+
+    def texts(self, tag: str) -> list[str]:
+        return [text for name, _, text in self.elements if name == tag]
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes, _ in self.elements if name == tag]
+
+
+def check_page(text: str, policy: str) -> Page:
+    """Check what holds for each page, whatever is in the list, and return it."""
+    page = Page(text)
+    assert page.texts("title") == page.texts("h1") == [TITLE]
+    assert {tag for tag, _, _ in page.elements} <= {*TAGS.split()}
+    for _, attributes, _ in page.elements:
+        assert not [name for name in attributes if name.startswith(("on", "style"))]
+        assert not {*attributes} & {"src", "srcset", "http-equiv"}
+        assert re.match("/[^/]|/$", attributes.get("href") or "/")
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in (
+        page.attributes("meta")
+    )
+    (style,) = re.findall("<style>(.*)</style>", text, re.DOTALL)
+    assert "@import" not in style and "url(" not in style
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert dict(part.split(maxsplit=1) for part in policy.split(";")) == {
+        "default-src": "'none'",
+        "style-src": f"'sha256-{digest}'",
+        "form-action": "https:",  # where the form's redirect leads is another origin
+        "base-uri": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    (form,), (field,) = page.attributes("form"), page.attributes("input")
+    assert (form["action"], form["method"], field["name"]) == ("/", "get", "username")
+    return page
+
+
+def test_names_titles_and_problems_are_shown_and_do_nothing() -> None:
+    students = [(username, name, 8889) for username, name in NAMES.items()]
+    text = notebooks.landing_page(TITLE, students, f"There is no {HOSTILE}")
+    page = check_page(text, notebooks.content_security_policy())
+    assert page.texts("p") == [f"There is no {HOSTILE}"]
+    assert [each["href"] for each in page.attributes("a")] == ["/bo", "/zoe"]
+    assert page.texts("span") == ["bo", HOSTILE]
+    assert page.texts("code") == ["bo", "zoe"]
+
+
+def test_a_page_without_a_list_has_the_form_alone() -> None:
+    page = check_page(
+        notebooks.landing_page(TITLE, []), notebooks.content_security_policy()
+    )
+    assert not page.attributes("ul") and not page.attributes("p")
+
+
+# ---------------------------------------------------------------------------------------
+# The webserver of `launch`
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def visited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
+    """A course that is launched; its servers start at a visit."""
+    directory = tmp_path_factory.mktemp("visited")
+    with Course(directory, web_title=TITLE, on_demand="yes") as course:
+        rows = zip(course.students, NAMES.values())
+        course.write_students(
+            {"username": username, "name": name} for username, name in rows
+        )
+        course.check("setup")
+        course.launch().wait_ready()
+        yield course
+
+
+def visit(
+    course: Course,
+    path: str = "/",
+    host: str = "localhost",
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Ask the web page over TLS, with {zoe} and {bo} in the path as the students."""
+    url = f"https://{host}:{course.port}{path.format_map(names(course))}"
+    return fetch(url, headers=headers, context=course.context())
+
+
+def names(course: Course) -> dict[str, str]:
+    return dict(zip(NAMES, course.students))
+
+
+def send_raw(course: Course, data: bytes, secure: bool = True) -> Response:
+    """Return the answer to a request as it stands."""
+    with contextlib.ExitStack() as stack:
+        connection = socket.create_connection(("localhost", course.port), timeout=30)
+        stack.enter_context(connection)
+        if secure:
+            context = tls_context()
+            connection = stack.enter_context(context.wrap_socket(connection))
+        connection.sendall(data)
+        answer = stack.enter_context(http.client.HTTPResponse(connection))
+        answer.begin()
+        return Response(answer.status, answer.headers, answer.read())
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
+def test_the_page_lists_the_students_over_tls(visited: Course, host: str) -> None:
+    response = visit(visited, host=host)
+    assert response.status == 200
+    page = check_page(response.text, response.headers["Content-Security-Policy"])
+    bo, zoe = visited.students
+    assert [each["href"] for each in page.attributes("a")] == [f"/{zoe}", f"/{bo}"]
+    assert page.texts("span") == [HOSTILE, bo]  # in the order of what is shown
+    assert response.headers["Content-Type"] == "text/html; charset=UTF-8"
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["Referrer-Policy"] == "no-referrer"
+    assert "Set-Cookie" not in response.headers
+    for row in visited.rows().values():
+        assert row["nb-pass"] not in response.text
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        ("/{zoe}", "/{zoe}/"),
+        ("/{zoe}/", "/{zoe}/"),
+        ("/{bo}?x=1", "/{bo}/?x=1"),
+        ("/{zoe}/notebooks/week%201/a.ipynb?x=%26&y", None),
+        ("/{zoe}/tree/%C3%9Cbung%0D%0AX:%20y", "/{zoe}/tree/%C3%9Cbung%0D%0AX%3A%20y"),
+        ("/{zoe}/a%3Fb%23c%25", None),
+        ("/{zoe}//evil.example/?next=https://evil.example/", None),
+        ("/?username={zoe}", "/{zoe}/"),
+        ("/?username=+{zoe}%20&x=1", "/{zoe}/"),
+    ],
+)
+def test_the_page_leads_to_the_notebook(
+    visited: Course, path: str, target: str | None
+) -> None:
+    response = visit(visited, path)
+    username = names(visited)["bo" if "{bo}" in path else "zoe"]
+    address = f"https://localhost:{visited.rows()[username]['port']}"
+    assert response.status in (302, 303, 307)
+    assert response.headers["Location"] == address + (target or path).format_map(
+        names(visited)
+    )
+    assert response.headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.root
+def test_the_form_leads_to_the_notebook_without_javascript(visited: Course) -> None:
+    page = Page(visit(visited).text)
+    (form,), (field,) = page.attributes("form"), page.attributes("input")
+    username = visited.students[0]
+    query = urllib.parse.urlencode({str(field["name"]): username.upper()})
+    response = visit(visited, f"{form['action']}?{query}")
+    notebook = response.headers["Location"]
+    assert notebook == visited.notebook_url(username)
+    answer = fetch(f"{notebook}login", context=visited.context())
+    assert answer.status == 200 and 'type="password"' in answer.text
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("host", "visited_as"),
+    [
+        ("[::1]", "[::1]"),
+        ("[::1]:1", "[::1]"),
+        ("[2001:DB8::1]:8888", "[2001:db8::1]"),
+        ("192.0.2.1:8888", "192.0.2.1"),
+        ("Lab.Example.org", "lab.example.org"),
+        ("lab-1.example.org:443", "lab-1.example.org"),
+    ],
+)
+@pytest.mark.parametrize("secure", [True, False], ids=["https", "http"])
+def test_a_redirect_stays_on_the_name_that_was_visited(
+    visited: Course, host: str, visited_as: str, secure: bool
+) -> None:
+    username = visited.students[0]
+    request = f"GET /{username} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    address = send_raw(visited, request, secure).headers["Location"]
+    if secure:
+        port = visited.rows()[username]["port"]
+        assert address == f"https://{visited_as}:{port}/{username}/"
+    else:
+        assert address == f"https://{visited_as}:{visited.port}/{username}"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "",
+        "Host:\r\n",
+        "Host: evil.example/\r\n",
+        "Host: evil.example/?\r\n",
+        "Host: evil.example#\r\n",
+        "Host: localhost@evil.example\r\n",
+        "Host: localhost:1@evil.example\r\n",
+        "Host: localhost:8888:evil.example\r\n",
+        "Host: [::1]@evil.example\r\n",
+        "Host: [evil.example]\r\n",
+        "Host: [::1\r\n",
+        "Host: evil.example\\\r\n",
+        "Host: <script>\r\n",
+        "Host: evil example\r\n",
+        "Host: evil.ex\xe4mple\r\n",
+        "Host: localhost\r\nHost: evil.example\r\n",
+        "Host: localhost, evil.example\r\n",
+        f"Host: {'a' * 70000}\r\n",
+    ],
+)
+@pytest.mark.parametrize("secure", [True, False], ids=["https", "http"])
+def test_a_hostile_host_header_leads_nowhere(
+    visited: Course, headers: str, secure: bool
+) -> None:
+    username = visited.students[0]
+    request = f"GET /{username} HTTP/1.1\r\n{headers}\r\n".encode("latin-1")
+    try:
+        response = send_raw(visited, request, secure)
+    except (ConnectionError, ssl.SSLEOFError):
+        return  # it was hung up on
+    if response.status >= 400:
+        assert "Location" not in response.headers
+        return
+    address = urllib.parse.urlsplit(response.headers["Location"])
+    assert address.hostname in (socket.getfqdn().lower(), "localhost", "127.0.0.1")
+    assert "@" not in address.netloc and "evil" not in response.headers["Location"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("path", ["/", "/{zoe}/tree?a=b", "/?username={zoe}"])
+def test_plain_http_is_led_to_tls(visited: Course, path: str) -> None:
+    target = f"localhost:{visited.port}{path.format_map(names(visited))}"
+    response = fetch(f"http://{target}")
+    assert response.status == 307
+    assert response.headers["Location"] == f"https://{target}"
+    assert HOSTILE not in response.text
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "target", ["@evil.example/", "http://evil.example/", "//evil.example/", ".evil"]
+)
+def test_plain_http_is_led_nowhere_else(visited: Course, target: str) -> None:
+    request = f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    response = send_raw(visited, request, secure=False)
+    if response.status < 400:
+        page = f"https://localhost:{visited.port}/"
+        assert response.headers["Location"].startswith(page)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/nobody", "nobody"),
+        ("/nobody/tree?x=1", "nobody"),
+        ("/root", "root"),
+        ("/favicon.ico", "favicon.ico"),
+        ("//evil.example/", ""),
+        ("/../../etc/passwd", ".."),
+        ("/%3Cscript%3Ealert(1)%3C/script%3E", "<script>alert(1)<"),
+        ("/?username=", ""),
+        ("/?username=%3Cscript%3E", "<script>"),
+        ("/?username={zoe}%2F..%2F{bo}", "{zoe}/../{bo}"),
+    ],
+)
+def test_a_page_that_is_not_there_says_so(
+    visited: Course, path: str, asked: str
+) -> None:
+    response = visit(visited, path)
+    assert response.status == 404
+    page = check_page(response.text, response.headers["Content-Security-Policy"])
+    (problem,) = page.texts("p")
+    assert f"“{asked.format_map(names(visited))}”" in problem
+    assert len(page.attributes("a")) == len(NAMES)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("POST", "/", 405), ("GET", "/%ff", 400)]
+)
+def test_a_bad_request_is_refused_without_details(
+    visited: Course, method: str, path: str, status: int
+) -> None:
+    url = f"https://localhost:{visited.port}{path}"
+    response = fetch(url, method, context=visited.context())
+    assert response.status == status
+    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+    assert "Traceback" not in response.text
+
+
+@pytest.mark.root
+def test_silent_clients_and_garbage_hold_nobody_up(visited: Course) -> None:
+    with contextlib.ExitStack() as stack:
+        for data in (b"", b"\0", b"GE", b"\x16", b"\x16\x03\x01" + bytes(99)) * 20:
+            client = socket.create_connection(("localhost", visited.port))
+            stack.enter_context(client)
+            client.sendall(data)
+        assert visit(visited).status == 200
+        assert fetch(f"http://localhost:{visited.port}/").status == 307
+    assert visit(visited).status == 200
+
+
+@pytest.mark.root
+def test_the_webserver_is_nobody(visited: Course) -> None:
+    nobody = pwd.getpwnam("nobody")
+    children = psutil.Process(visited.launches[-1].pid).children()
+    (webserver,) = (each for each in children if "webserver" in each.cmdline()[0])
+    assert {*webserver.uids()} == {nobody.pw_uid}
+    assert {*webserver.gids()} == {nobody.pw_gid}
+
+
+@pytest.mark.root
+def test_a_private_page_names_nobody(make_course: CourseMaker) -> None:
+    course = make_course(
+        1,
+        web_title=TITLE,
+        on_demand="yes",
+        list_students="no",
+        server_address="{username}.lab.example.org",
+    )
+    (username,) = course.students
+    course.check("setup")
+    launch = course.launch().wait_ready()
+    for path in ("/", "/nobody"):
+        response = visit(course, path)
+        page = check_page(response.text, response.headers["Content-Security-Policy"])
+        assert not page.attributes("a")
+        assert username not in response.text and "Surname" not in response.text
+    address = f"https://{username}.lab.example.org:{course.rows()[username]['port']}"
+    for path in (f"/{username}/tree", f"/?username={username}"):
+        location = visit(course, path).headers["Location"]
+        assert location == f"{address}/{username}/" + "tree" * path.endswith("tree")
+    assert f"Ready: https://lab.example.org:{course.port}/" in launch.output
