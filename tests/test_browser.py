@@ -1,0 +1,118 @@
+"""A student's way, in a real browser: from the landing page to a computed cell."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import CourseMaker
+from selenium.common.exceptions import WebDriverException
+from selenium.webdriver.chrome.webdriver import WebDriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from support import Course, chromium, wait_until
+
+pytestmark = pytest.mark.root
+
+CODE_CELL = ".jp-CodeCell"
+
+
+def use(
+    browser: WebDriver,
+    selector: str,
+    text: str = "",
+    action: Callable[[WebElement], object] = lambda element: None,
+) -> None:
+    """Do something with the first element of a CSS selector that shows the text.
+
+    It is looked for until it is there; the page may be drawing it anew meanwhile.
+    """
+
+    def done() -> bool:
+        with contextlib.suppress(WebDriverException):
+            for element in browser.find_elements(By.CSS_SELECTOR, selector):
+                if text in element.text and element.is_displayed():
+                    action(element)
+                    return True
+        return False
+
+    wait_until(done, 60, f"{selector} with {text!r} in {browser.title!r}")
+
+
+def write(*keys: str) -> Callable[[WebElement], None]:
+    return lambda element: element.send_keys(*keys)
+
+
+def log_in(browser: WebDriver, course: Course, username: str) -> None:
+    password = course.rows()[username]["nb-pass"]
+    use(browser, "input[type=password]", "", write(password, Keys.ENTER))
+
+
+def switch_to(browser: WebDriver, part: str) -> bool:
+    """Go to the window whose address has this part, if there is one."""
+    for handle in browser.window_handles:
+        browser.switch_to.window(handle)
+        if part in browser.current_url:
+            return True
+    return False
+
+
+def saved_outputs(notebook: Path) -> list[object]:
+    """Return the text results in a notebook file."""
+    cells = json.loads(notebook.read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return ["".join(output["data"]["text/plain"]) for output in outputs]
+
+
+def test_a_student_comes_from_the_landing_page_to_a_computed_cell(
+    make_course: CourseMaker, browser: WebDriver
+) -> None:
+    course = make_course(2, web_title="Physics", on_demand="yes")
+    course.check("setup")
+    course.check("send")
+    course.launch().wait_ready()
+    username = course.students[1]
+    browser.get(f"http://localhost:{course.port}/")
+    assert browser.current_url == course.url  # led to TLS
+    assert browser.title == "Physics"
+    use(browser, "li a", "Name2 Surname2", WebElement.click)
+    log_in(browser, course, username)
+    use(
+        browser,
+        ".jp-DirListing-item",
+        "welcome.ipynb",
+        lambda item: ActionChains(browser).double_click(item).perform(),
+    )
+    assert browser.current_url.startswith(course.notebook_url(username))
+    wait_until(lambda: switch_to(browser, "/notebooks/"), 30, "the notebook's window")
+    use(browser, ".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    use(browser, f"{CODE_CELL} .cm-content", "sum(range(1, 101))", WebElement.click)
+    keys = ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER)
+    keys.key_up(Keys.SHIFT).perform()
+    use(browser, f"{CODE_CELL} .jp-OutputArea-output", "5050")
+    ActionChains(browser).key_down(Keys.CONTROL).send_keys("s").perform()
+    notebook = course.home(username) / "course/material/welcome.ipynb"
+    wait_until(lambda: saved_outputs(notebook), 30, "the saved notebook")
+    assert saved_outputs(notebook) == ["5050"]
+    assert notebook.owner() == username
+
+
+def test_the_field_leads_to_the_log_in_on_a_phone(make_course: CourseMaker) -> None:
+    course = make_course(1, list_students="no", on_demand="yes")
+    course.check("setup")
+    course.launch().wait_ready()
+    (username,) = course.students
+    with chromium(390, 800) as phone:
+        phone.get(course.url)
+        width = phone.execute_script("return document.documentElement.scrollWidth")
+        assert width <= 390
+        use(phone, "input", "", write("nobody", Keys.ENTER))
+        use(phone, ".problem", "nobody")
+        use(phone, "input", "", write(username.upper()))
+        use(phone, "button", "", WebElement.click)
+        log_in(phone, course, username)
+        use(phone, ".jp-DirListing")
+        assert phone.current_url.startswith(course.notebook_url(username))
