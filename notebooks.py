@@ -76,7 +76,7 @@ import time
 import traceback
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -123,20 +123,27 @@ RUNTIME_DIR = Path("/var/lib/notebooks")
 CONFIG_DIR = RUNTIME_DIR / "config"  # root's, where servers look for configuration
 SERVER_LOG = ".notebooks.log"  # in the student's home
 SERVER_TITLE = "notebooks.py: notebook server of "  # what ps shows
+LAUNCHER_TITLE = "notebooks.py: launcher"
+TEMPLATE_TITLE = "notebooks.py: template process"
 WEBSERVER_TITLE = "notebooks.py: webserver"
 TEMPLATE_HOME = RUNTIME_DIR / "template"  # exists during `rehearse_start` only
 
 START_SECONDS = 60.0  # until a server that was started must have named its address
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
+CULL_SECONDS = 60  # between two looks at what is idle
 MAX_PROCESSES = 1000  # and threads of one student's (RLIMIT_NPROC): stops a fork bomb
 KILL_SECONDS = 10.0  # how long processes that keep forking are fought
 LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
 SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
 PAGE_SECONDS = 10.0  # in which a visitor of the web page must have made a request
+MEMORY_SECONDS = 5  # between two looks at what all processes hold
+VISIT_SECONDS = 2.0  # for which the web page waits for a notebook server
 STOP_SECONDS = 1.5  # in which the launcher's helpers must have ended
 MAX_RESTART_DELAY_SECONDS = 60.0
-MAX_MESSAGE_BYTES = 1 << 17
+MAX_MESSAGE_BYTES = 1 << 20
 MAX_MESSAGE_DESCRIPTORS = 4
+SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
 SYS_PIDFD_GETFD = 438  # the same on all architectures
 
 CERTIFICATE_NAME = "notebooks.pem"  # beside the configuration file
@@ -197,6 +204,7 @@ class Config:
     list_students: bool
     on_demand: bool
     idle_minutes: int
+    idle_kernel_minutes: int
     storage_dir: Path
     owner: str
     retrieve_limit: int
@@ -252,6 +260,10 @@ def parse_number(low: int, high: int, text: str) -> int:
     if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
         raise ValueError(f"must be a whole number from {low} to {high}")
     return int(text)
+
+
+def parse_minutes(text: str) -> int:
+    return parse_number(0, 100000, text)
 
 
 def parse_size(text: str) -> int:
@@ -319,7 +331,8 @@ OPTIONS = (
     Option("Launch", "port", functools.partial(parse_number, 1, 65535), "8888"),
     Option("Launch", "list_students", parse_bool, "yes"),
     Option("Launch", "on_demand", parse_bool, "no"),
-    Option("Launch", "idle_minutes", functools.partial(parse_number, 0, 100000), "0"),
+    Option("Launch", "idle_minutes", parse_minutes, "0"),
+    Option("Launch", "idle_kernel_minutes", parse_minutes, "0"),
     Option("Shutdown", "storage_dir", parse_path, "storage"),
     Option("Shutdown", "owner", parse_owner, ""),
     Option("Shutdown", "retrieve_limit", parse_size, "1G"),
@@ -1845,14 +1858,17 @@ def normal_name(name: str) -> str:
 
 
 def send_message(
-    channel: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()
+    channel: socket.socket,
+    message: dict[str, Any],
+    fds: Sequence[int] = (),
+    flags: int = 0,
 ) -> None:
     """Send one message with descriptors.
 
     Shapes: a record of a SOCK_SEQPACKET socket, JSON in UTF-8. Raises: OSError if the
     other side is gone.
     """
-    socket.send_fds(channel, [json.dumps(message).encode()], list(fds))
+    socket.send_fds(channel, [json.dumps(message).encode()], list(fds), flags)
 
 
 def receive_message(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -1934,7 +1950,8 @@ class ServerRequest:
     cookie_secret: str
     start_dir: str
     profile: str
-    idle_minutes: int
+    idle_seconds: int
+    idle_kernel_seconds: int
     cert_file: str
     key_file: str
 
@@ -1969,7 +1986,6 @@ def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
 
     config_dir = Path(account.pw_dir, ".jupyter")
     start_dir = Path(account.pw_dir, request.start_dir)
-    idle_seconds = request.idle_minutes * 60
     # What these took from the template's environment when they were imported.
     lab = {
         "user_settings_dir": str(config_dir / "lab/user-settings"),
@@ -1990,7 +2006,7 @@ def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
             "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
             "config_manager_class": config_manager_class(config_dir),
             "kernel_spec_manager_class": kernel_spec_manager_class(request.profile),
-            "shutdown_no_activity_timeout": idle_seconds,
+            "shutdown_no_activity_timeout": request.idle_seconds,
         },
         IdentityProvider={"token": ""},
         PasswordIdentityProvider={
@@ -2001,10 +2017,14 @@ def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
         # Over TCP any local user can connect to a kernel's IOPub port and read it.
         KernelManager={"transport": "ipc"},
         MappingKernelManager={
-            "cull_idle_timeout": idle_seconds,
+            "cull_idle_timeout": request.idle_kernel_seconds,
+            "cull_interval": CULL_SECONDS,
             "cull_connected": True,
         },
-        TerminalManager={"cull_inactive_timeout": idle_seconds},
+        TerminalManager={
+            "cull_inactive_timeout": request.idle_seconds,
+            "cull_interval": CULL_SECONDS,
+        },
         # To find its default, nbformat executes the configuration in the home.
         NotebookNotary={"data_dir": str(Path(account.pw_dir, ".local/share/jupyter"))},
         LabApp={**lab, "extension_manager": "readonly", "news_url": None},
@@ -2232,6 +2252,7 @@ def run_server(request: ServerRequest, listener: socket.socket) -> None:
         ssl_options=context,
         max_body_size=app.max_body_size,
         max_buffer_size=app.max_buffer_size,
+        idle_connection_timeout=IDLE_CONNECTION_SECONDS,
     )
     listener.setblocking(False)
     server.add_sockets([listener])
@@ -2268,7 +2289,7 @@ def rehearse_start() -> None:
     ensure_config_dir()
     TEMPLATE_HOME.mkdir(mode=0o700, exist_ok=True)
     account = pwd.struct_passwd(("", "", 0, 0, "", str(TEMPLATE_HOME), "/bin/sh"))
-    request = ServerRequest("", 0, "", "-", "00", ".", "", 0, "", "")
+    request = ServerRequest("", 0, "", "-", "00", ".", "", 0, 0, "", "")
     environment = dict(os.environ)
     os.environ["HOME"] = account.pw_dir
     handlers = {number: signal.getsignal(number) for number in JUPYTER_SIGNALS}
@@ -2294,7 +2315,7 @@ def run_template(channel: socket.socket) -> None:
 
     Runs as: root, one thread, no event loop.
     """
-    setproctitle.setproctitle("notebooks.py: template process")
+    setproctitle.setproctitle(TEMPLATE_TITLE)
     wakeup_read, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -2318,7 +2339,12 @@ def spawn_server(fd: int) -> None:
     """Fork; the child answers the request that comes through `fd` and never returns."""
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("the template process has more than one thread")
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        with socket.socket(fileno=fd) as channel, contextlib.suppress(OSError):
+            send_message(channel, {"problem": f"cannot fork: {error.strerror}"})
+        return
     if pid == 0:
         status = 1
         try:
@@ -2383,679 +2409,7 @@ def explain_exit(wait_status: int) -> str:
 
 
 # -------------------------------------------------------------------------------------
-# Ports
-# -------------------------------------------------------------------------------------
-
-
-def assign_ports(students: Sequence[Student], base: int) -> dict[str, int]:
-    """Give each of N students a port of base+1 ... base+N.
-
-    It is the one in the list if it is unique and in range, else the lowest free one.
-    """
-    last = base + len(students)
-    wanted = [int(each.port) for each in students if each.port]
-    kept = {
-        each.username: int(each.port)
-        for each in students
-        if each.port
-        and base < int(each.port) <= last
-        and wanted.count(int(each.port)) < 2
-    }
-    free = iter(sorted(set(range(base + 1, last + 1)) - set(kept.values())))
-    return {each.username: kept.get(each.username) or next(free) for each in students}
-
-
-def bind_port(port: int) -> socket.socket:
-    """Return a socket that listens on a port in both families.
-
-    It listens at once: a port that is bound and does not listen, or is held in one
-    family only, can be taken by any user. Raises: OSError (EADDRINUSE).
-    """
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(
-            ("::", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True
-        )
-    return socket.create_server(("", port), backlog=1024)
-
-
-# For each port the processes that listen on it, each with its descriptor.
-Listeners = dict[int, list[tuple[psutil.Process, int]]]
-
-
-def find_listeners() -> Listeners:
-    listeners: Listeners = {}
-    for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.pid:
-            with contextlib.suppress(psutil.Error):
-                holder = psutil.Process(connection.pid), connection.fd
-                port = connection.laddr[1] if connection.laddr else 0
-                listeners.setdefault(port, []).append(holder)
-    return listeners
-
-
-def describe_holder(listeners: Listeners, port: int) -> str:
-    """Name what holds a port."""
-    for process, _ in listeners.get(port, ()):
-        with contextlib.suppress(psutil.Error):
-            name = printable(" ".join(process.cmdline()) or process.name())[:60]
-            return f"{name} (pid {process.pid}, user {process.username()})"
-    return "a process that cannot be named"
-
-
-def take_listener(
-    listeners: Listeners, port: int, uid: int
-) -> tuple[socket.socket, int, int] | None:
-    """Duplicate the listening socket out of a student's server that still runs.
-
-    A socket that root made tells that the server is ours: a student's own socket
-    belongs to the student. Source: pidfd_getfd(2), not in Python's os yet.
-
-    Returns: the socket, the pid of the server and a descriptor of it, or None.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    for process, number in listeners.get(port, ()):
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            pid_fd = os.pidfd_open(process.pid)
-            stack.callback(os.close, pid_fd)
-            if read_status(process.pid)[0] != uid:
-                continue
-            fd = libc.syscall(SYS_PIDFD_GETFD, pid_fd, number, 0)
-            if fd < 0:
-                continue
-            listener = stack.enter_context(socket.socket(fileno=fd))
-            if os.fstat(fd).st_uid == 0 and listener.getsockname()[1] == port:
-                stack.pop_all()
-                return listener, process.pid, pid_fd
-    return None
-
-
-# -------------------------------------------------------------------------------------
-# The launcher
-# -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Server:
-    """A student's server as the launcher sees it; it runs while `pid_fd` is valid."""
-
-    student: Student
-    port: int
-    listener: socket.socket
-    pid: int = 0
-    pid_fd: int = -1
-    started: float = 0.0  # time.monotonic()
-    failures: int = 0  # in a row
-
-    @property
-    def username(self) -> str:
-        return self.student.username
-
-
-class Helper:
-    """One of the launcher's own processes: this script, executed afresh.
-
-    Isolated mode keeps the environment and the current directory out of it. It ends
-    when our end of the socket pair is closed; one that ends before is started again.
-    """
-
-    def __init__(
-        self,
-        role: str,
-        on_start: "Callable[[socket.socket], None]",
-        on_message: Callable[[dict[str, Any]], None],
-    ) -> None:
-        self.role = role
-        self.on_start = on_start
-        self.on_message = on_message
-        self.ready = asyncio.Event()
-        self.failures = 0
-        self.stopping = False
-
-    def start(self) -> None:
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", __file__, self.role, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                cwd="/",
-                env={
-                    "PATH": PROGRAM_PATH,
-                    "HOME": str(TEMPLATE_HOME),
-                    "LANG": os.environ.get("LANG", "C.UTF-8"),
-                },
-                start_new_session=True,
-            )
-        self.on_start(self.channel)
-        asyncio.get_running_loop().add_reader(self.channel, self.handle_message)
-
-    def handle_message(self) -> None:
-        try:
-            message, fds = receive_message(self.channel)
-        except EOFError:
-            self.handle_end()
-            return
-        for fd in fds:  # none is expected; one must not fill our table with them
-            os.close(fd)
-        if message.get("ready"):
-            self.ready.set()
-            self.failures = 0
-        self.on_message(message)
-
-    def handle_end(self) -> None:
-        """Start the process again, after a delay that doubles while that fails."""
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self.channel)
-        self.channel.close()
-        self.process.kill()
-        self.process.wait()
-        self.ready.clear()
-        if not self.stopping:
-            delay = restart_delay(self.failures)
-            self.failures += 1
-            log.error("the %s ended; starting it again in %.0f s", self.role, delay)
-            loop.call_later(delay, self.start)
-
-    def stop(self) -> None:
-        """Let the process end: it sees our end of the channel close."""
-        self.stopping = True
-        if self.channel.fileno() >= 0:  # else it is waiting to be started again
-            asyncio.get_running_loop().remove_reader(self.channel)
-            self.channel.close()
-
-    def reap(self, deadline: float) -> None:
-        """Wait for the end of a process that was stopped; kill it at the deadline."""
-        try:
-            self.process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-def restart_delay(failures: int) -> float:
-    """Return the seconds to wait before something that failed is tried again."""
-    return min(2.0**failures, MAX_RESTART_DELAY_SECONDS)
-
-
-async def wait_readable(fd: int, seconds: float) -> None:
-    """Wait until a descriptor can be read.
-
-    Raises: asyncio.TimeoutError.
-    """
-    loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-
-    def handle_readable() -> None:
-        loop.remove_reader(fd)
-        readable.set_result(None)
-
-    loop.add_reader(fd, handle_readable)
-    try:
-        await asyncio.wait_for(readable, seconds)
-    finally:
-        loop.remove_reader(fd)
-
-
-def last_lines(output: str) -> str:
-    """Return the end of what a server said, in one line without control characters."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    text = " / ".join(lines[-3:]) or "it said nothing"
-    return printable(text)[-500:]
-
-
-async def watch_start(terminal_fd: int, url: str) -> None:
-    """Wait until a server names its address on its terminal, which is then closed.
-
-    Raises: Error with the last lines of its output.
-    """
-    spawn = fdpexpect.fdspawn(
-        terminal_fd, encoding="utf-8", codec_errors="replace", searchwindowsize=2000
-    )
-    outcomes: list[Any] = [re.compile(re.escape(url)), pexpect.EOF, pexpect.TIMEOUT]
-    outcome = await spawn.expect(outcomes, timeout=START_SECONDS, async_=True)
-    if (
-        outcome != 1 and spawn.async_pw_transport
-    ):  # on end-of-file asyncio has closed it
-        spawn.async_pw_transport[1].close()
-    if outcome:
-        reason = ("it ended", f"no address within {START_SECONDS:.0f} s")[outcome - 1]
-        words = last_lines(spawn.before or "")
-        raise Error(f"the server did not start, {reason}: {words}")
-
-
-class Launcher:
-    """Owns the ports, has servers started, and listens in the place of those stopped.
-
-    One mechanism serves start on demand, recovery from a crash and idle servers: a
-    connection to a port whose server does not run has it started and is answered by it.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        certificate: Certificate,
-        base_listener: socket.socket,
-        servers: Sequence[Server],
-    ) -> None:
-        self.config = config
-        self.certificate = certificate
-        self.base_listener = base_listener
-        self.servers = servers
-        self.pids: dict[int, str] = {}
-        self.failed: set[str] = set()
-        self.starting = asyncio.Semaphore(os.cpu_count() or 1)
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.template = Helper("template", lambda _: None, self.handle_exit_report)
-        self.web = Helper("webserver", self.brief_webserver, lambda _: None)
-
-    async def run(self) -> int:
-        """Serve until SIGTERM or Ctrl-C, and leave the notebook servers running."""
-        loop = asyncio.get_running_loop()
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, stop.set)
-        self.template.start()
-        self.web.start()
-        announce = asyncio.create_task(self.start_all())
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({announce, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if announce.done():
-            announce.result()  # an error in it is not hidden
-        await stopping
-        for task in (announce, *self.tasks):
-            task.cancel()
-        await asyncio.gather(announce, *self.tasks, return_exceptions=True)
-        deadline = time.monotonic() + STOP_SECONDS
-        for helper in (self.web, self.template):
-            helper.stop()
-        for helper in (self.web, self.template):
-            helper.reap(deadline)
-        running = sum(server.pid_fd >= 0 for server in self.servers)
-        print(f"The web page has ended; {running} notebook servers run on.", flush=True)
-        return 1 if self.failed else 0
-
-    async def start_all(self) -> None:
-        """Start what has to run from the beginning, then tell the teacher."""
-        await asyncio.gather(self.template.ready.wait(), self.web.ready.wait())
-        waiting = []
-        for server in self.servers:
-            if server.pid:
-                self.watch(server, server.pid_fd)
-                log.info("%s: adopted, pid %d", server.username, server.pid)
-            elif self.config.on_demand:
-                self.listen(server)
-            else:
-                waiting.append(self.spawn_start(server))
-        for task in progress(asyncio.as_completed(waiting), len(waiting), "launch"):
-            await task
-        for line in self.summary():
-            print(line, flush=True)
-
-    def summary(self) -> Iterator[str]:
-        address = visible_address(self.config)
-        running = sum(server.pid_fd >= 0 for server in self.servers)
-        yield f"{running} of {len(self.servers)} notebook servers run."
-        ports = [self.config.port, *(server.port for server in self.servers)]
-        yield f"The firewall must let in TCP ports {min(ports)} to {max(ports)}."
-        fingerprint = self.certificate.fingerprint()
-        yield f"Fingerprint of the certificate (SHA-256): {fingerprint}"
-        yield f"Ready: https://{address}:{self.config.port}/"
-
-    def brief_webserver(self, channel: socket.socket) -> None:
-        """Tell the webserver what it shows; passwords are not part of that."""
-        config = self.config
-        message = {
-            "title": config.web_title,
-            "address": config.server_address,
-            "list_students": config.list_students,
-            "cert_file": str(self.certificate.cert_file),
-            "key_file": str(self.certificate.key_file),
-            "students": [
-                [server.username, server.student.full_name, server.port]
-                for server in self.servers
-            ],
-        }
-        send_message(channel, message, [self.base_listener.fileno()])
-
-    def spawn_start(self, server: Server) -> "asyncio.Task[None]":
-        task = asyncio.get_running_loop().create_task(self.start(server))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return task
-
-    def listen(self, server: Server) -> None:
-        """Have the server started by the next connection; the server will accept it."""
-
-        def handle_visit() -> None:
-            loop.remove_reader(server.listener)
-            self.spawn_start(server)
-
-        loop = asyncio.get_running_loop()
-        loop.add_reader(server.listener, handle_visit)
-
-    async def start(self, server: Server) -> None:
-        """Start a server; one that fails is reported, and tried again by a visit.
-
-        As many start at once as there are cores. One that takes long, for its student
-        may have stopped it, gives its place to others after SLOT_SECONDS.
-        """
-        await self.starting.acquire()
-        with contextlib.ExitStack() as slot:
-            slot.callback(self.starting.release)
-            loop = asyncio.get_running_loop()
-            slot.callback(loop.call_later(SLOT_SECONDS, slot.close).cancel)
-            await self.template.ready.wait()
-            try:
-                await self.request_server(server)
-            except (Error, OSError, asyncio.TimeoutError) as error:
-                text = explain(error) if isinstance(error, OSError) else str(error)
-                self.failed.add(server.username)
-                self.listen_later(server, text or type(error).__name__)
-            else:
-                self.failed.discard(server.username)
-
-    async def request_server(self, server: Server) -> None:
-        """Have the template fork a server and watch it until it is ready.
-
-        Raises: Error, OSError or asyncio.TimeoutError; no half-started server is left.
-        """
-        account = find_account(server.username)
-        if account is None or is_closed(server.username):
-            raise Error("the account does not exist, or is closed; run setup")
-        ensure_runtime_dir(account)
-        request = dataclasses.asdict(self.request(server))
-        pid, pid_fd, terminal_fd = await self.fork_server(server.listener, request)
-        try:
-            await watch_start(terminal_fd, request["url"])
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pid_fd, signal.SIGKILL)
-            os.close(pid_fd)
-            raise
-        server.pid = pid
-        self.pids[pid] = server.username
-        self.watch(server, pid_fd)
-        log.info("%s: started, pid %d, port %d", server.username, pid, server.port)
-
-    async def fork_server(
-        self, listener: socket.socket, request: dict[str, Any]
-    ) -> tuple[int, int, int]:
-        """Hand a request to a new fork of the template.
-
-        Returns: its pid, a descriptor of the process, and the master of its terminal.
-        """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        terminal_fd, slave_fd = os.openpty()
-        try:
-            with ours, theirs:
-                send_message(self.template.channel, {}, [theirs.fileno()])
-                theirs.close()
-                send_message(ours, request, [listener.fileno(), slave_fd])
-                await wait_readable(ours.fileno(), START_SECONDS)
-                message, (pid_fd,) = receive_message(ours)
-        except BaseException as error:
-            os.close(terminal_fd)
-            if isinstance(error, EOFError):
-                raise Error("the template process could not start it") from None
-            raise
-        finally:
-            os.close(slave_fd)
-        return message["pid"], pid_fd, terminal_fd
-
-    def request(self, server: Server) -> ServerRequest:
-        config = self.config
-        host = config.server_address.replace("{username}", server.username)
-        host = host or visible_address(config)
-        return ServerRequest(
-            username=server.username,
-            port=server.port,
-            url=f"https://{host}:{server.port}/{server.username}/",
-            password=hash_password(server.student.nb_pass),
-            cookie_secret=secrets.token_hex(32),
-            start_dir=str(config.start_dir),
-            profile=config.profile,
-            idle_minutes=config.idle_minutes,
-            cert_file=str(self.certificate.cert_file),
-            key_file=str(self.certificate.key_file),
-        )
-
-    def watch(self, server: Server, pid_fd: int) -> None:
-        """Listen in the server's place when its process has ended (pidfd_open(2))."""
-
-        def handle_exit() -> None:
-            loop.remove_reader(pid_fd)
-            os.close(pid_fd)
-            server.pid_fd, server.pid = -1, 0
-            if time.monotonic() - server.started > MAX_RESTART_DELAY_SECONDS:
-                server.failures = 0
-            self.listen_later(server)
-
-        loop = asyncio.get_running_loop()
-        server.pid_fd = pid_fd
-        server.started = time.monotonic()
-        loop.add_reader(pid_fd, handle_exit)
-
-    def listen_later(self, server: Server, reason: str = "") -> None:
-        """Listen after a delay that doubles for a server that keeps failing."""
-        delay = restart_delay(server.failures) - 1
-        server.failures += 1
-        if reason:
-            log.error("%s: %s", server.username, reason)
-        asyncio.get_running_loop().call_later(delay, self.listen, server)
-
-    def handle_exit_report(self, message: dict[str, Any]) -> None:
-        username = self.pids.pop(message.get("pid", 0), None)
-        if username:
-            reason = explain_exit(message["wait_status"])
-            log.warning("%s: the server %s", username, reason)
-
-
-def visible_address(config: Config) -> str:
-    """Return the host name under which the web page is announced."""
-    return config.server_address.replace("{username}.", "") or socket.getfqdn()
-
-
-# -------------------------------------------------------------------------------------
-# The web page
-# -------------------------------------------------------------------------------------
-
-STYLE = """
-body { font: 1.1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 40rem;
-       padding: 1rem; color: #222; background: #fff; }
-h1 { font-size: 1.6rem; }
-form { display: flex; gap: .5rem; flex-wrap: wrap; margin: 1.5rem 0; }
-input, button { font: inherit; padding: .5rem .8rem; border: 1px solid #767676;
-                border-radius: .4rem; }
-input { flex: 100 1 12rem; min-width: 0; }
-button { flex: 1 0 auto; background: #a8470b; border-color: #a8470b; color: #fff; }
-ul { list-style: none; padding: 0; }
-li a { display: flex; justify-content: space-between; gap: 1rem; padding: .6rem .2rem;
-       border-bottom: 1px solid #ddd; color: inherit; text-decoration: none; }
-li a:hover, li a:focus { background: #f6efe8; }
-code { color: #666; }
-.problem { border-left: .3rem solid #a8470b; padding: .3rem .8rem; }
-@media (prefers-color-scheme: dark) {
-  body { color: #e6e6e6; background: #191919; } li a { border-color: #444; }
-  li a:hover, li a:focus { background: #2c2620; } code { color: #aaa; }
-  input { background: #222; color: inherit; } }
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{style}</style></head>
-<body>
-<h1>{title}</h1>
-{problem}
-<form action="/" method="get">
-<input name="username" aria-label="User name" placeholder="User name" required
- autocapitalize="none" autocomplete="username" spellcheck="false">
-<button>Open my notebook</button>
-</form>
-{students}
-</body>
-</html>
-"""
-
-
-def content_security_policy() -> str:
-    """Return a policy that allows this page's style and form, and nothing else.
-
-    Browsers hold a form's redirect against form-action too, hence any https address.
-    """
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; style-src 'sha256-{digest}'; form-action https:;"
-        " base-uri 'none'; frame-ancestors 'none'"
-    )
-
-
-def landing_page(
-    title: str, students: Iterable[tuple[str, str, int]], problem: str = ""
-) -> str:
-    """Return the page that lists students; what comes from the list is escaped."""
-    rows = "".join(
-        f'<li><a href="/{username}"><span>{html.escape(name or username)}</span>'
-        f"<code>{username}</code></a></li>\n"
-        for username, name, _ in students
-    )
-    return PAGE.format(
-        title=html.escape(title),
-        style=STYLE,
-        problem=f'<p class="problem">{html.escape(problem)}</p>' if problem else "",
-        students=f"<ul>\n{rows}</ul>" if rows else "",
-    )
-
-
-def web_handlers(
-    students: dict[str, tuple[str, str, int]], title: str, listed: bool, address: str
-) -> list[Any]:
-    """Return the handlers of the base port, for a `tornado.web.Application`."""
-    from tornado import web
-
-    shown = (
-        sorted(students.values(), key=lambda row: row[1] or row[0]) if listed else []
-    )
-
-    class PageHandler(web.RequestHandler):
-        def set_default_headers(self) -> None:
-            self.set_header("Content-Security-Policy", content_security_policy())
-            self.set_header("X-Content-Type-Options", "nosniff")
-            self.set_header("Referrer-Policy", "no-referrer")
-            self.set_header("Cache-Control", "no-store")
-            self.clear_header("Server")
-
-        def get(self, path: str) -> None:
-            """Show the page, or redirect /USERNAME/anything to the student's server."""
-            username, _, rest = path.partition("/")
-            asked = self.get_query_argument("username", None)
-            if not path and asked is None:
-                self.finish(landing_page(title, shown))
-                return
-            if not path:
-                username = asked.strip().lower() if asked else ""
-            if username not in students:
-                self.set_status(404)
-                problem = f"Nobody here has the user name “{username}”."
-                self.finish(landing_page(title, shown, problem))
-                return
-            host = (address or visited_host(self.request)).replace(
-                "{username}", username
-            )
-            port = students[username][2]
-            query = f"?{self.request.query}" if path and self.request.query else ""
-            tail = urllib.parse.quote(rest)
-            self.redirect(f"https://{host}:{port}/{username}/{tail}{query}")
-
-    return [(r"/(.*)", PageHandler)]
-
-
-def visited_host(request: Any) -> str:
-    """Return the host name that the visitor used, without the port."""
-    host: str = request.host_name
-    plain = re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", host)
-    return host if plain else socket.getfqdn()
-
-
-async def serve_web_page(
-    channel: socket.socket, message: dict[str, Any], context: ssl.SSLContext, fd: int
-) -> None:
-    """Serve the base port until the launcher is gone: TLS, or a redirect to it.
-
-    The first byte of a connection tells which: 22 opens a TLS handshake (RFC 8446).
-    """
-    from tornado import httpserver, iostream, tcpserver, web
-
-    students = {row[0]: tuple(row) for row in message["students"]}
-    listener = socket.socket(fileno=fd)
-    port = listener.getsockname()[1]
-
-    class SecureRedirectHandler(web.RequestHandler):
-        def prepare(self) -> None:
-            host = visited_host(self.request)
-            self.redirect(f"https://{host}:{port}{self.request.uri}", status=307)
-
-    handlers = web_handlers(
-        students, message["title"], message["list_students"], message["address"]
-    )
-    limits: dict[str, Any] = {
-        "no_keep_alive": True,
-        "idle_connection_timeout": PAGE_SECONDS,
-        "body_timeout": PAGE_SECONDS,
-        "max_header_size": 16384,
-        "max_body_size": 1024,
-    }
-    secure = httpserver.HTTPServer(web.Application(handlers), **limits)
-    redirect = web.Application([(r"/.*", SecureRedirectHandler)])
-    plain = httpserver.HTTPServer(redirect, **limits)
-
-    class FirstByteServer(tcpserver.TCPServer):
-        async def handle_stream(
-            self, stream: iostream.IOStream, address: tuple[Any, ...]
-        ) -> None:
-            try:
-                await wait_readable(stream.socket.fileno(), PAGE_SECONDS)
-                first = stream.socket.recv(1, socket.MSG_PEEK)
-                if first == b"\x16":
-                    handshake = stream.start_tls(True, context)
-                    tls_stream = await asyncio.wait_for(handshake, PAGE_SECONDS)
-                    secure.handle_stream(tls_stream, address)
-                else:
-                    plain.handle_stream(stream, address)
-            except (OSError, asyncio.TimeoutError, iostream.StreamClosedError):
-                if stream.socket:  # else start_tls has it, and has closed it
-                    stream.close()
-
-    listener.setblocking(False)
-    FirstByteServer().add_socket(listener)
-    send_message(channel, {"ready": True})
-    loop = asyncio.get_running_loop()
-    gone = asyncio.Event()
-    loop.add_reader(channel, gone.set)
-    await gone.wait()
-
-
-def run_webserver(channel: socket.socket) -> None:
-    """Serve the landing page.
-
-    Runs as: root until the key is read, then nobody. As it changed its ids without
-    executing anything, other processes of nobody's can neither trace nor read it.
-    """
-    setproctitle.setproctitle(WEBSERVER_TITLE)
-    logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    message, (fd,) = receive_message(channel)
-    certificate = Certificate(Path(message["cert_file"]), Path(message["key_file"]))
-    context = certificate.context()
-    nobody = pwd.getpwnam("nobody")
-    drop_privileges(Identity(nobody.pw_uid, nobody.pw_gid, (nobody.pw_gid,)))
-    asyncio.run(serve_web_page(channel, message, context, fd))
-
-
-# -------------------------------------------------------------------------------------
-# Commands
+# What the commands share
 # -------------------------------------------------------------------------------------
 
 
@@ -3132,6 +2486,1019 @@ def with_accounts(students: Iterable[Student], outcome: Outcome) -> list[Student
     return present
 
 
+# -------------------------------------------------------------------------------------
+# Ports
+# -------------------------------------------------------------------------------------
+
+
+def assign_ports(students: Sequence[Student], base: int) -> dict[str, int]:
+    """Give each of N students a port of base+1 ... base+N.
+
+    It is the one in the list if it is unique and in range, else the lowest free one.
+    """
+    last = base + len(students)
+    wanted = [int(each.port) for each in students if each.port]
+    kept = {
+        each.username: int(each.port)
+        for each in students
+        if each.port
+        and base < int(each.port) <= last
+        and wanted.count(int(each.port)) < 2
+    }
+    free = iter(sorted(set(range(base + 1, last + 1)) - set(kept.values())))
+    return {each.username: kept.get(each.username) or next(free) for each in students}
+
+
+def bind_port(port: int) -> socket.socket:
+    """Return a socket that listens on a port in both families.
+
+    It listens at once: a port that is bound and does not listen, or is held in one
+    family only, can be taken by any user. Raises: OSError (EADDRINUSE).
+    """
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("::", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True
+        )
+    return socket.create_server(("", port), backlog=1024)
+
+
+# For each port the processes that listen on it, each with its descriptor.
+Listeners = dict[int, list[tuple[psutil.Process, int]]]
+
+
+def find_listeners() -> Listeners:
+    listeners: Listeners = {}
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.pid:
+            with contextlib.suppress(psutil.Error):
+                holder = psutil.Process(connection.pid), connection.fd
+                port = connection.laddr[1] if connection.laddr else 0
+                listeners.setdefault(port, []).append(holder)
+    return listeners
+
+
+def describe_holder(listeners: Listeners, port: int) -> str:
+    """Name what holds a port."""
+    for process, _ in listeners.get(port, ()):
+        with contextlib.suppress(psutil.Error):
+            name = printable(" ".join(process.cmdline()) or process.name())[:60]
+            return f"{name} (pid {process.pid}, user {process.username()})"
+    return "a process that cannot be named"
+
+
+def find_launcher(port: int) -> psutil.Process | None:
+    """Return the `launch` of root's that holds this base port, as does its webserver.
+
+    Of the processes that hold one socket psutil names only one.
+    """
+    for holder, _ in find_listeners().get(port, ()):
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            for process in (holder, *holder.parents()[:1]):
+                title = " ".join(process.cmdline())
+                if (
+                    title.startswith(LAUNCHER_TITLE)
+                    and read_status(process.pid)[0] == 0
+                ):
+                    return process
+    return None
+
+
+def reload_launcher(port: int) -> None:
+    """Have a `launch` that runs read its configuration and list again."""
+    launcher = find_launcher(port)
+    if launcher:
+        signal_process(launcher, 0, signal.SIGHUP)
+        print(f"The launch that runs (pid {launcher.pid}) has been told.")
+
+
+def take_listener(
+    listeners: Listeners, port: int, uid: int
+) -> tuple[socket.socket, int, int] | None:
+    """Duplicate the listening socket out of a student's server that still runs.
+
+    A socket that root made tells that the server is ours: a student's own socket
+    belongs to the student. Source: pidfd_getfd(2), not in Python's os yet.
+
+    Returns: the socket, the pid of the server and a descriptor of it, or None.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for process, number in listeners.get(port, ()):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            pid_fd = os.pidfd_open(process.pid)
+            stack.callback(os.close, pid_fd)
+            if read_status(process.pid)[0] != uid:
+                continue
+            fd = libc.syscall(SYS_PIDFD_GETFD, pid_fd, number, 0)
+            if fd < 0:
+                continue
+            listener = stack.enter_context(socket.socket(fileno=fd))
+            if os.fstat(fd).st_uid == 0 and listener.getsockname()[1] == port:
+                stack.pop_all()
+                return listener, process.pid, pid_fd
+    return None
+
+
+def raise_descriptor_limit(count: int) -> None:
+    """Allow the descriptors that so many servers need: two each, more at the start.
+
+    Root may raise the hard limit too, unless something confines it (RLIMIT_NOFILE).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = 256 + 3 * count
+    if soft < need:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (need, max(need, hard)))
+        except (OSError, ValueError):
+            raise UsageError(
+                f"{count} students need {need} open files, only {hard} are allowed:"
+                f" run `ulimit -n {need}` before, or set LimitNOFILE in the unit file"
+            ) from None
+
+
+# -------------------------------------------------------------------------------------
+# The launcher
+# -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Server:
+    """A student's server as the launcher sees it: its port, and its process if any."""
+
+    student: Student
+    uid: int
+    port: int
+    listener: socket.socket
+    pid: int = 0
+    pid_fd: int = -1  # while it runs: pidfd_open(2)
+    state: str = "stopped"  # or starting, running, failed
+    failures: int = 0  # in a row
+    settled: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    task: "asyncio.Task[None] | None" = None
+
+    @property
+    def username(self) -> str:
+        return self.student.username
+
+
+def open_servers(
+    course: Course, outcome: Outcome, known: Mapping[str, Server]
+) -> list[Server]:
+    """Hold a port for each student who can have a server, and write it to the list.
+
+    known: servers whose ports we hold already; they get what the list says now.
+
+    Raises: UsageError if the list cannot be used.
+    """
+    servers = []
+    with course.students.locked():
+        students = course.students.students
+        ports = assign_ports(students, course.config.port)
+        listeners = find_listeners()
+        for student in with_accounts(students, outcome):
+            try:
+                server = known.get(student.username) or open_server(
+                    student, ports, course.config.port, listeners
+                )
+            except Error as error:
+                outcome.failed(student.username, str(error))
+                continue
+            server.student = student
+            servers.append(server)
+            course.students.update(student.username, port=str(server.port))
+        try:
+            course.students.save()
+        except OSError as error:
+            log.warning("the ports could not be written: %s", explain(error))
+    return servers
+
+
+def open_server(
+    student: Student, ports: dict[str, int], base: int, listeners: Listeners
+) -> Server:
+    """Adopt the server that a student has, or bind their port, or find another one.
+
+    Raises: Error if the student has no password, or there is no free port left.
+    """
+    if not student.nb_pass:
+        raise Error("has no nb-pass; run setup first")
+    port = ports[student.username]
+    uid = pwd.getpwnam(student.username).pw_uid
+    for known in {port, int(student.port or port)}:
+        adopted = take_listener(listeners, known, uid)
+        if adopted:
+            log.info("%s: adopted, pid %d", student.username, adopted[1])
+            return Server(student, uid, known, *adopted, state="running")
+    try:
+        return Server(student, uid, port, bind_port(port))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise Error(f"port {port}: {error.strerror}") from None
+    for other in range(base + len(ports) + 1, 65536):
+        with contextlib.suppress(OSError):
+            server = Server(student, uid, other, bind_port(other))
+            log.warning(
+                "%s: port %d is held by %s; using %d: let it through the firewall",
+                student.username,
+                port,
+                describe_holder(listeners, port),
+                other,
+            )
+            return server
+    raise Error("no port is free")
+
+
+class Helper:
+    """One of the launcher's own processes: this script, executed afresh.
+
+    Isolated mode keeps the environment and the current directory out of it. It ends
+    when our end of the socket pair is closed; one that ends before is started again,
+    unless it never was ready.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        on_start: Callable[[], None],
+        on_message: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.role = role
+        self.on_start = on_start
+        self.on_message = on_message
+        self.ready = asyncio.Event()
+        self.broken = asyncio.Event()
+        self.failures = 0
+        self.proven = False
+        self.stopping = False
+
+    def start(self) -> None:
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, MAX_MESSAGE_BYTES)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", __file__, self.role, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                cwd="/",
+                env={
+                    "PATH": PROGRAM_PATH,
+                    "HOME": str(TEMPLATE_HOME),
+                    "LANG": os.environ.get("LANG", "C.UTF-8"),
+                },
+                start_new_session=True,
+            )
+        asyncio.get_running_loop().add_reader(self.channel, self.handle_message)
+        self.on_start()
+
+    def tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Send a message; a helper that cannot take it at once hangs, and is ended."""
+        if self.channel.fileno() < 0:  # it is about to be started again
+            return
+        try:
+            send_message(self.channel, message, fds, socket.MSG_DONTWAIT)
+        except OSError as error:
+            log.error("the %s does not listen: %s", self.role, error)
+            self.process.kill()  # handle_message sees its end
+
+    def handle_message(self) -> None:
+        try:
+            message, fds = receive_message(self.channel)
+        except EOFError:
+            self.handle_end()
+            return
+        for fd in fds:  # none is expected; one must not fill our table with them
+            os.close(fd)
+        if message.get("ready"):
+            self.ready.set()
+            self.proven = True
+            self.failures = 0
+        self.on_message(message)
+
+    def handle_end(self) -> None:
+        """Start the process again, after a delay that doubles while that fails."""
+        self.close()
+        self.ready.clear()
+        if not self.proven:
+            log.error("the %s cannot start; what it said is above", self.role)
+            self.broken.set()
+        elif not self.stopping:
+            delay = restart_delay(self.failures)
+            self.failures += 1
+            log.error("the %s ended; starting it again in %.0f s", self.role, delay)
+            asyncio.get_running_loop().call_later(delay, self.start)
+
+    def close(self) -> None:
+        """Close our end of the channel and end the process at once."""
+        asyncio.get_running_loop().remove_reader(self.channel)
+        self.channel.close()
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self) -> None:
+        self.close()
+        self.start()
+
+    def stop(self) -> None:
+        """Let the process end: it sees our end of the channel close."""
+        self.stopping = True
+        if self.channel.fileno() >= 0:  # else it is waiting to be started again
+            asyncio.get_running_loop().remove_reader(self.channel)
+            self.channel.close()
+
+    def reap(self, deadline: float) -> None:
+        """Wait for the end of a process that was stopped; kill it at the deadline."""
+        try:
+            self.process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def restart_delay(failures: int) -> float:
+    """Return the seconds to wait before something that failed is tried again."""
+    return min(2.0**failures, MAX_RESTART_DELAY_SECONDS)
+
+
+async def wait_readable(fd: int, seconds: float | None = None) -> None:
+    """Wait until a descriptor can be read.
+
+    Raises: asyncio.TimeoutError.
+    """
+    loop = asyncio.get_running_loop()
+    readable = loop.create_future()
+
+    def handle_readable() -> None:
+        loop.remove_reader(fd)
+        readable.set_result(None)
+
+    loop.add_reader(fd, handle_readable)
+    try:
+        await asyncio.wait_for(readable, seconds)
+    finally:
+        loop.remove_reader(fd)
+
+
+def last_lines(output: str) -> str:
+    """Return the end of what a server said, in one line without control characters."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    text = " / ".join(lines[-3:]) or "it said nothing"
+    return printable(text)[-500:]
+
+
+async def watch_start(terminal_fd: int, url: str) -> None:
+    """Wait until a server names its address on its terminal, which is then closed.
+
+    Raises: Error with the last lines of its output.
+    """
+    spawn = fdpexpect.fdspawn(
+        terminal_fd, encoding="utf-8", codec_errors="replace", searchwindowsize=2000
+    )
+    outcomes: list[Any] = [re.compile(re.escape(url)), pexpect.EOF, pexpect.TIMEOUT]
+    outcome = await spawn.expect(outcomes, timeout=START_SECONDS, async_=True)
+    if outcome != 1 and spawn.async_pw_transport:  # on EOF asyncio has closed it
+        spawn.async_pw_transport[1].close()
+    if outcome:
+        reason = ("it ended", f"no address within {START_SECONDS:.0f} s")[outcome - 1]
+        words = last_lines(spawn.before or "")
+        raise Error(f"the server did not start, {reason}: {words}")
+
+
+def server_request(
+    config: Config, certificate: Certificate, server: Server
+) -> ServerRequest:
+    """Return what a student's server is told; each has secrets of its own."""
+    host = config.server_address.replace("{username}", server.username)
+    host = host or visible_address(config)
+    return ServerRequest(
+        username=server.username,
+        port=server.port,
+        url=f"https://{host}:{server.port}/{server.username}/",
+        password=hash_password(server.student.nb_pass),
+        cookie_secret=secrets.token_hex(32),
+        start_dir=str(config.start_dir),
+        profile=config.profile,
+        idle_seconds=config.idle_minutes * 60,
+        idle_kernel_seconds=(config.idle_kernel_minutes or config.idle_minutes) * 60,
+        cert_file=str(certificate.cert_file),
+        key_file=str(certificate.key_file),
+    )
+
+
+class Launcher:
+    """Owns the ports, has servers started, and listens in the place of those stopped.
+
+    One mechanism serves start on demand, recovery from a crash and idle servers: a
+    connection to a port whose server does not run has it started and is answered by it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        certificate: Certificate,
+        base_listener: socket.socket,
+        servers: Iterable[Server],
+    ) -> None:
+        self.config = config
+        self.certificate = certificate
+        self.fingerprint = certificate.fingerprint()
+        self.base_listener = base_listener
+        self.servers = {server.username: server for server in servers}
+        self.pids: dict[int, str] = {}
+        self.starting = asyncio.Semaphore(os.cpu_count() or 1)
+        self.template = Helper("template", lambda: None, self.handle_exit_report)
+        self.web = Helper("webserver", self.brief_webserver, lambda _: None)
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or Ctrl-C, and leave the notebook servers running."""
+        loop = asyncio.get_running_loop()
+        stop, reload = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, reload.set)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        self.template.start()
+        self.web.start()
+        work = [
+            loop.create_task(each)
+            for each in (self.start_all(reload), self.show_status())
+        ]
+        ends = [
+            loop.create_task(event.wait())
+            for event in (stop, self.template.broken, self.web.broken)
+        ]
+        await asyncio.wait([work[0], *ends], return_when=asyncio.FIRST_COMPLETED)
+        if work[0].done():
+            work[0].result()  # raises what went wrong in it
+        await self.end([*work, *ends])
+        failed = any(server.state == "failed" for server in self.servers.values())
+        return 0 if stop.is_set() and not failed else 1
+
+    async def end(self, tasks: Sequence["asyncio.Task[Any]"]) -> None:
+        """End everything but the notebook servers."""
+        tend = [server.task for server in self.servers.values() if server.task]
+        for task in (*tasks, *tend):
+            task.cancel()
+        await asyncio.gather(*tasks, *tend, return_exceptions=True)
+        deadline = time.monotonic() + STOP_SECONDS
+        for helper in (self.web, self.template):
+            helper.stop()
+        for helper in (self.web, self.template):
+            helper.reap(deadline)
+        say(f"The web page has ended; {self.count('running')} notebook servers run on.")
+
+    async def start_all(self, reload: asyncio.Event) -> None:
+        """Start what has to run from the beginning, tell the teacher, then reload."""
+        await asyncio.gather(self.template.ready.wait(), self.web.ready.wait())
+        servers = list(self.servers.values())
+        for server in servers:
+            self.start_tending(server)
+        await asyncio.gather(*(server.settled.wait() for server in servers))
+        for line in self.summary():
+            say(line)
+        while True:
+            await reload.wait()
+            reload.clear()
+            await self.reload()
+
+    def count(self, state: str) -> int:
+        return sum(server.state == state for server in self.servers.values())
+
+    def summary(self) -> Iterator[str]:
+        address = visible_address(self.config)
+        yield f"{self.count('running')} of {len(self.servers)} notebook servers run."
+        ports = [self.config.port, *(server.port for server in self.servers.values())]
+        yield f"The firewall must let in TCP ports {min(ports)} to {max(ports)}."
+        yield f"Fingerprint of the certificate (SHA-256): {self.fingerprint}"
+        yield f"Ready: https://{address}:{self.config.port}/"
+
+    async def show_status(self) -> None:
+        """Keep a line on the terminal up to date, if this is one."""
+        if not sys.stderr.isatty():
+            return
+        from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        status = tqdm(bar_format="{desc}", file=sys.stderr, leave=False)
+        with logging_redirect_tqdm(), status as line:
+            for second in itertools.count():
+                if second % MEMORY_SECONDS == 0:
+                    uids = [server.uid for server in self.servers.values()]
+                    memory = await asyncio.to_thread(memory_of_users, uids)
+                states = ("running", "starting", "stopped", "failed")
+                counts = ", ".join(f"{self.count(state)} {state}" for state in states)
+                text = (
+                    f"{counts}; students' processes hold {format_bytes(memory)};"
+                    f" load {os.getloadavg()[0]:.1f}"
+                )
+                line.set_description_str(text[: shutil.get_terminal_size().columns - 1])
+                await asyncio.sleep(1)
+
+    def brief_webserver(self) -> None:
+        """Tell the webserver what it shows; passwords are not part of that."""
+        config = self.config
+        message = {
+            "title": config.web_title,
+            "address": config.server_address,
+            "list_students": config.list_students,
+            "cert_file": str(self.certificate.cert_file),
+            "key_file": str(self.certificate.key_file),
+            "students": [
+                [server.username, server.student.full_name[:100], server.port]
+                for server in self.servers.values()
+            ],
+        }
+        self.web.tell(message, [self.base_listener.fileno()])
+
+    def start_tending(self, server: Server) -> None:
+        server.task = asyncio.get_running_loop().create_task(self.tend(server))
+
+    async def tend(self, server: Server) -> None:
+        """Look after a student's server: start it when it is wanted, again and again.
+
+        It is wanted at launch, unless on_demand, and whenever somebody connects to its
+        port. What keeps failing is tried again after a delay that doubles.
+        """
+        wanted = not self.config.on_demand
+        while True:
+            if server.state != "running":
+                if not wanted:
+                    server.settled.set()
+                    await wait_readable(server.listener.fileno())
+                wanted = False
+                await self.start(server)
+                server.settled.set()
+            started = time.monotonic()
+            if server.state == "running":
+                server.settled.set()
+                await wait_readable(server.pid_fd)
+                os.close(server.pid_fd)
+                server.pid_fd, server.pid = -1, 0
+                server.state = "stopped"
+                log.info("%s: stopped", server.username)
+            if time.monotonic() - started > MAX_RESTART_DELAY_SECONDS:
+                server.failures = 0
+            await asyncio.sleep(restart_delay(server.failures) - 1)
+            server.failures += 1
+
+    async def start(self, server: Server) -> None:
+        """Start a server; one that fails is reported.
+
+        As many start at once as there are cores. One that takes long, for its student
+        may have stopped it, gives its place to others after SLOT_SECONDS.
+        """
+        server.state = "starting"
+        await self.starting.acquire()
+        with contextlib.ExitStack() as slot:
+            slot.callback(self.starting.release)
+            loop = asyncio.get_running_loop()
+            slot.callback(loop.call_later(SLOT_SECONDS, slot.close).cancel)
+            await self.template.ready.wait()
+            try:
+                await self.request_server(server)
+            except (Error, OSError, asyncio.TimeoutError) as error:
+                text = explain(error) if isinstance(error, OSError) else str(error)
+                log.error("%s: %s", server.username, text or type(error).__name__)
+                server.state = "failed"
+            else:
+                server.state = "running"
+                log.info(
+                    "%s: started, port %d, pid %d",
+                    *(server.username, server.port, server.pid),
+                )
+
+    async def request_server(self, server: Server) -> None:
+        """Have the template fork a server and watch it until it is ready.
+
+        Raises: Error, OSError or asyncio.TimeoutError; no half-started server is left.
+        """
+        account = find_account(server.username)
+        if (
+            account is None
+            or account.pw_uid != server.uid
+            or is_closed(server.username)
+        ):
+            raise Error("the account does not exist, or is closed; run setup")
+        ensure_runtime_dir(account)
+        request = server_request(self.config, self.certificate, server)
+        pid, pid_fd, terminal_fd = await self.fork_server(server.listener, request)
+        try:
+            await watch_start(terminal_fd, request.url)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pid_fd, signal.SIGKILL)
+            os.close(pid_fd)
+            raise
+        server.pid, server.pid_fd = pid, pid_fd
+        self.pids[pid] = server.username
+
+    async def fork_server(
+        self, listener: socket.socket, request: ServerRequest
+    ) -> tuple[int, int, int]:
+        """Hand a request to a new fork of the template.
+
+        Returns: its pid, a descriptor of the process, and the master of its terminal.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        terminal_fd, slave_fd = os.openpty()
+        try:
+            with ours, theirs:
+                self.template.tell({}, [theirs.fileno()])
+                theirs.close()
+                fds = [listener.fileno(), slave_fd]
+                send_message(ours, dataclasses.asdict(request), fds)
+                await wait_readable(ours.fileno(), START_SECONDS)
+                message, received = receive_message(ours)
+                if "problem" in message:
+                    raise Error(message["problem"])
+        except BaseException as error:
+            os.close(terminal_fd)
+            if isinstance(error, EOFError):
+                raise Error("the template process ended before it started it") from None
+            raise
+        finally:
+            os.close(slave_fd)
+        return message["pid"], received[0], terminal_fd
+
+    def handle_exit_report(self, message: dict[str, Any]) -> None:
+        """Say why a server ended, if not because it was idle or told to."""
+        username = self.pids.pop(message.get("pid", 0), None)
+        if username and message["wait_status"]:
+            reason = explain_exit(message["wait_status"])
+            log.warning(
+                "%s: the server %s; its log is ~%s/%s",
+                *(username, reason, username, SERVER_LOG),
+            )
+
+    async def reload(self) -> None:
+        """Read the configuration and the list again; servers that run stay untouched.
+
+        If either is bad, or cannot be read, everything goes on as before.
+        """
+        outcome = Outcome()
+        try:
+            course = load_course(self.config.path, False)
+            if course.config.port != self.config.port:
+                log.warning("another `port` counts from the next launch on")
+            config = dataclasses.replace(course.config, port=self.config.port)
+            certificate = ensure_certificate(config)
+            gone = self.servers_not_in(course.students)
+            await self.close_servers(gone)
+            course = course._replace(config=config)
+            servers = open_servers(course, outcome, self.servers)
+        except (Error, OSError) as error:
+            text = explain(error) if isinstance(error, OSError) else str(error)
+            for line in text.splitlines():
+                log.error("not reloaded: %s", line)
+            return
+        for username, reason in outcome.failures.items():
+            log.error("%s: %s", username, reason)
+        self.config, self.certificate = config, certificate
+        self.adopt_list(servers, len(gone))
+
+    def servers_not_in(self, students: StudentList) -> list[Server]:
+        """Return the servers of those who are no students any more."""
+        uids = {}
+        for student in students.students:
+            account = find_account(student.username)
+            if account and student.nb_pass:
+                uids[student.username] = account.pw_uid
+        return [
+            server
+            for server in self.servers.values()
+            if uids.get(server.username) != server.uid
+        ]
+
+    def adopt_list(self, servers: Sequence[Server], gone: int) -> None:
+        """Serve those who came with a new list, and tell the webserver."""
+        new = [server for server in servers if server.task is None]
+        self.servers = {server.username: server for server in servers}
+        raise_descriptor_limit(len(servers))
+        for server in new:
+            self.start_tending(server)
+        fingerprint = self.certificate.fingerprint()
+        if fingerprint != self.fingerprint:
+            self.fingerprint = fingerprint
+            self.web.restart()
+        else:
+            self.brief_webserver()
+        say(f"Reloaded: {len(new)} students came, {gone} left.")
+
+    async def close_servers(self, servers: Sequence[Server]) -> None:
+        """Give up the ports of students who left, and end what they run."""
+        for server in servers:
+            del self.servers[server.username]
+            if server.task:
+                server.task.cancel()
+                await asyncio.gather(server.task, return_exceptions=True)
+            if server.pid_fd >= 0:
+                os.close(server.pid_fd)
+            server.listener.close()
+        await asyncio.to_thread(stop_jupyter, [server.uid for server in servers])
+
+
+def say(text: str) -> None:
+    """Print a line for the teacher, above the status line if there is one."""
+    with contextlib.suppress(OSError):
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(text)
+        else:
+            print(text)
+    leave_closed_output()
+
+
+def leave_closed_output() -> None:
+    """Write to nowhere from now on where a terminal or the reader of a pipe is gone."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            null_fd = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_fd, stream.fileno())
+            os.close(null_fd)
+
+
+def visible_address(config: Config) -> str:
+    """Return the host name under which the web page is announced."""
+    if config.server_address:
+        return config.server_address.replace("{username}.", "")
+    name = socket.getfqdn()
+    return socket.gethostname() if name.startswith("localhost") else name
+
+
+def memory_of_users(uids: Iterable[int]) -> int:
+    """Return the bytes that processes of these users hold.
+
+    Pages that several share are divided among them: PSS, proc(5).
+    """
+    total = 0
+    for processes in processes_by_uid(uids).values():
+        for process in processes:
+            with contextlib.suppress(OSError):
+                text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                total += int(text.partition("\nPss:")[2].split()[0]) * 1024
+    return total
+
+
+# -------------------------------------------------------------------------------------
+# The web page
+# -------------------------------------------------------------------------------------
+
+STYLE = """
+body { font: 1.1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 40rem;
+       padding: 1rem; color: #222; background: #fff; }
+h1 { font-size: 1.6rem; }
+form { display: flex; gap: .5rem; flex-wrap: wrap; margin: 1.5rem 0; }
+input, button { font: inherit; padding: .5rem .8rem; border: 1px solid #767676;
+                border-radius: .4rem; }
+input { flex: 100 1 12rem; min-width: 0; }
+button { flex: 1 0 auto; background: #a8470b; border-color: #a8470b; color: #fff; }
+ul { list-style: none; padding: 0; }
+li a { display: flex; justify-content: space-between; gap: 1rem; padding: .6rem .2rem;
+       border-bottom: 1px solid #ddd; color: inherit; text-decoration: none; }
+li a:hover, li a:focus { background: #f6efe8; }
+code { color: #666; }
+.message { border-left: .3rem solid #a8470b; padding: .3rem .8rem; }
+@media (prefers-color-scheme: dark) {
+  body { color: #e6e6e6; background: #191919; } li a { border-color: #444; }
+  li a:hover, li a:focus { background: #2c2620; } code { color: #aaa; }
+  input { background: #222; color: inherit; } }
+"""
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{style}</style></head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+FORM = """<form action="/" method="get">
+<input name="username" aria-label="User name" placeholder="User name" required
+ autocapitalize="none" autocomplete="username" spellcheck="false">
+<button>Open my notebook</button>
+</form>
+"""
+
+
+STARTING = (
+    "Your notebook is being started. This page goes on to it by itself; if it has not"
+    " within a minute, tell your teacher."
+)
+
+
+def content_security_policy() -> str:
+    """Return a policy that allows this page's style and form, and nothing else.
+
+    Browsers hold a form's redirect against form-action too, hence any https address.
+    """
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; style-src 'sha256-{digest}'; form-action https:;"
+        " base-uri 'none'; frame-ancestors 'none'"
+    )
+
+
+def make_page(title: str, body: str, message: str = "") -> str:
+    """Return a page; title and message are escaped here, the body is HTML."""
+    if message:
+        body = f'<p class="message">{html.escape(message)}</p>\n{body}'
+    return PAGE.format(title=html.escape(title), style=STYLE, body=body)
+
+
+def landing_page(
+    title: str, students: Iterable[tuple[str, str, int]], message: str = ""
+) -> str:
+    """Return the page that lists students: user name, name, port."""
+    rows = "".join(
+        f'<li><a href="/{username}"><span>{html.escape(name or username)}</span>'
+        f"<code>{username}</code></a></li>\n"
+        for username, name, _ in students
+    )
+    return make_page(title, FORM + (f"<ul>\n{rows}</ul>" if rows else ""), message)
+
+
+@dataclasses.dataclass
+class Site:
+    """What the webserver shows; the launcher tells it anew when that changes."""
+
+    title: str
+    address: str
+    list_students: bool
+    students: dict[str, tuple[str, str, int]]
+
+    @property
+    def shown(self) -> list[tuple[str, str, int]]:
+        """Return the students on the page, in the order of what is shown of them."""
+        students = self.students.values() if self.list_students else ()
+        return sorted(students, key=lambda row: row[1] or row[0])
+
+
+def read_brief(message: dict[str, Any]) -> Site:
+    students = {row[0]: (row[0], row[1], row[2]) for row in message["students"]}
+    return Site(
+        message["title"], message["address"], message["list_students"], students
+    )
+
+
+async def is_answered(port: int) -> bool:
+    """Say whether a notebook server answers on a port within VISIT_SECONDS.
+
+    The connection has a server started that does not run, as any visitor's would.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    visit = asyncio.open_connection("127.0.0.1", port, ssl=context)
+    try:
+        _, writer = await asyncio.wait_for(visit, VISIT_SECONDS)
+    except (OSError, asyncio.TimeoutError):
+        return False
+    writer.close()
+    return True
+
+
+def page_handler(site: Site) -> type:
+    """Return the handler of all requests to the base port."""
+    from tornado import web
+
+    class PageHandler(web.RequestHandler):
+        def set_default_headers(self) -> None:
+            self.set_header("Content-Security-Policy", content_security_policy())
+            self.set_header("X-Content-Type-Options", "nosniff")
+            self.set_header("Referrer-Policy", "no-referrer")
+            self.set_header("Cache-Control", "no-store")
+            self.clear_header("Server")
+
+        async def get(self, path: str) -> None:
+            """Show the page, or lead /USERNAME/anything to the student's server."""
+            username, _, rest = path.partition("/")
+            asked = self.get_query_argument("username", None)
+            if not path and asked is None:
+                await self.finish(landing_page(site.title, site.shown))
+                return
+            if not path:
+                username = asked.strip().lower() if asked else ""
+            if username not in site.students:
+                self.set_status(404)
+                message = f"Nobody here has the user name “{username}”."
+                await self.finish(landing_page(site.title, site.shown, message))
+            elif not await is_answered(site.students[username][2]):
+                self.set_status(503)
+                self.set_header("Refresh", "1")  # the same address again
+                await self.finish(make_page(site.title, "", STARTING))
+            else:
+                query = f"?{self.request.query}" if path and self.request.query else ""
+                self.lead_to(username, urllib.parse.quote(rest) + query)
+
+        def lead_to(self, username: str, target: str) -> None:
+            address = site.address or visited_host(self.request)
+            host = address.replace("{username}", username)
+            port = site.students[username][2]
+            self.redirect(f"https://{host}:{port}/{username}/{target}")
+
+    return PageHandler
+
+
+def visited_host(request: Any) -> str:
+    """Return the host name that the visitor used, without the port."""
+    host: str = request.host_name
+    plain = re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", host)
+    return host if plain else socket.getfqdn()
+
+
+async def serve_web_page(
+    channel: socket.socket, message: dict[str, Any], context: ssl.SSLContext, fd: int
+) -> None:
+    """Serve the base port until the launcher is gone: TLS, or a redirect to it.
+
+    The first byte of a connection tells which: 22 opens a TLS handshake (RFC 8446).
+    """
+    from tornado import httpserver, iostream, tcpserver, web
+
+    site = read_brief(message)
+    listener = socket.socket(fileno=fd)
+    port = listener.getsockname()[1]
+
+    class SecureRedirectHandler(web.RequestHandler):
+        def prepare(self) -> None:
+            host = visited_host(self.request)
+            self.redirect(f"https://{host}:{port}{self.request.uri}", status=307)
+
+    limits: dict[str, Any] = {
+        "no_keep_alive": True,
+        "idle_connection_timeout": PAGE_SECONDS,
+        "body_timeout": PAGE_SECONDS,
+        "max_header_size": 16384,
+        "max_body_size": 1024,
+    }
+    secure = httpserver.HTTPServer(
+        web.Application([(r"/(.*)", page_handler(site))]), **limits
+    )
+    redirect = web.Application([(r"/.*", SecureRedirectHandler)])
+    plain = httpserver.HTTPServer(redirect, **limits)
+
+    class FirstByteServer(tcpserver.TCPServer):
+        async def handle_stream(
+            self, stream: iostream.IOStream, address: tuple[Any, ...]
+        ) -> None:
+            try:
+                await wait_readable(stream.socket.fileno(), PAGE_SECONDS)
+                first = stream.socket.recv(1, socket.MSG_PEEK)
+                if first == b"\x16":
+                    handshake = stream.start_tls(True, context)
+                    tls_stream = await asyncio.wait_for(handshake, PAGE_SECONDS)
+                    secure.handle_stream(tls_stream, address)
+                else:
+                    plain.handle_stream(stream, address)
+            except (OSError, asyncio.TimeoutError, iostream.StreamClosedError):
+                if stream.socket:  # else start_tls has it, and has closed it
+                    stream.close()
+
+    listener.setblocking(False)
+    FirstByteServer().add_socket(listener)
+    send_message(channel, {"ready": True})
+    await follow_launcher(channel, site)
+
+
+async def follow_launcher(channel: socket.socket, site: Site) -> None:
+    """Take what the launcher tells until it is gone."""
+    while True:
+        await wait_readable(channel.fileno())
+        try:
+            message, fds = receive_message(channel)
+        except EOFError:
+            return
+        for fd in fds:  # the listening socket, again
+            os.close(fd)
+        vars(site).update(vars(read_brief(message)))
+
+
+def run_webserver(channel: socket.socket) -> None:
+    """Serve the landing page.
+
+    Runs as: root until the key is read, then nobody. As it changed its ids without
+    executing anything, other processes of nobody's can neither trace nor read it.
+    """
+    setproctitle.setproctitle(WEBSERVER_TITLE)
+    logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    message, (fd,) = receive_message(channel)
+    certificate = Certificate(Path(message["cert_file"]), Path(message["key_file"]))
+    context = certificate.context()
+    nobody = pwd.getpwnam("nobody")
+    drop_privileges(Identity(nobody.pw_uid, nobody.pw_gid, (nobody.pw_gid,)))
+    asyncio.run(serve_web_page(channel, message, context, fd))
+
+
+# -------------------------------------------------------------------------------------
+# Commands
+# -------------------------------------------------------------------------------------
+
+
 def command_setup(course: Course) -> int:
     """Make what is missing: group, accounts, passwords, directories, profiles.
 
@@ -3163,6 +3530,7 @@ def command_setup(course: Course) -> int:
         finally:
             with uninterrupted():
                 set_missing_passwords(todo)
+    reload_launcher(config.port)
     return outcome.finish(
         f"{counts['new']} accounts made, {counts['adopted']} adopted, {counts['kept']}"
         f" kept. The passwords are in {students.path}."
@@ -3292,7 +3660,14 @@ def copy_for_all(
 
 
 def command_launch(course: Course) -> int:
-    """Start the servers and serve the web page until SIGTERM or Ctrl-C."""
+    """Start the servers and serve the web page until SIGTERM or Ctrl-C.
+
+    SIGHUP, as `setup` and `remove` send it, has it read configuration and list again.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until it is handled
+    setproctitle.setproctitle(LAUNCHER_TITLE)
+    if not sys.stderr.isatty():
+        log.setLevel(min(log.level, logging.INFO))  # a line per event
     check_reachable()
     config, students = course.config, course.students
     if not any(find_account(student.username) for student in students.students):
@@ -3309,73 +3684,12 @@ def command_launch(course: Course) -> int:
             " end that, or set another `port`"
         ) from None
     outcome = Outcome()
-    servers = open_servers(course, outcome)
+    servers = open_servers(course, outcome, {})
     for username, reason in outcome.failures.items():
         log.error("%s: %s", username, reason)
     raise_descriptor_limit(len(servers))
     status = asyncio.run(Launcher(config, certificate, base_listener, servers).run())
     return 1 if outcome.failures else status
-
-
-def open_servers(course: Course, outcome: Outcome) -> list[Server]:
-    """Hold a port for each student who can have a server, and write it to the list."""
-    servers = []
-    with course.students.locked():
-        students = course.students.students
-        ports = assign_ports(students, course.config.port)
-        listeners = find_listeners()
-        for student in with_accounts(students, outcome):
-            try:
-                server = open_server(student, ports, course.config.port, listeners)
-            except Error as error:
-                outcome.failed(student.username, str(error))
-                continue
-            servers.append(server)
-            course.students.update(student.username, port=str(server.port))
-        course.students.save()
-    return servers
-
-
-def raise_descriptor_limit(count: int) -> None:
-    """Allow the descriptors that so many servers need: two each, more at the start."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = 256 + 3 * count
-    if soft < need:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(need, hard), hard))
-
-
-def open_server(
-    student: Student, ports: dict[str, int], base: int, listeners: Listeners
-) -> Server:
-    """Adopt the server that a student has, or bind their port, or find another one.
-
-    Raises: Error if the student has no password, or there is no free port left.
-    """
-    if not student.nb_pass:
-        raise Error("has no nb-pass; run setup first")
-    port = ports[student.username]
-    uid = pwd.getpwnam(student.username).pw_uid
-    for known in {port, int(student.port or port)}:
-        adopted = take_listener(listeners, known, uid)
-        if adopted:
-            return Server(student, known, *adopted)
-    try:
-        return Server(student, port, bind_port(port))
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise Error(f"port {port}: {error.strerror}") from None
-    for other in range(base + len(ports) + 1, 65536):
-        with contextlib.suppress(OSError):
-            server = Server(student, other, bind_port(other))
-            log.warning(
-                "%s: port %d is held by %s; using %d: let it through the firewall",
-                student.username,
-                port,
-                describe_holder(listeners, port),
-                other,
-            )
-            return server
-    raise Error("no port is free")
 
 
 def command_shutdown(course: Course) -> int:
@@ -3395,16 +3709,13 @@ def command_shutdown(course: Course) -> int:
             outcome.done(account.pw_name, "shut down")
         except Error as error:
             outcome.failed(account.pw_name, str(error))
-    for process, _ in find_listeners().get(course.config.port, ()):
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[:1] == [WEBSERVER_TITLE]:
-                process = process.parent() or process
-            if Path(__file__).name in map(os.path.basename, process.cmdline()):
-                log.warning(
-                    "launch still runs (pid %d) and starts servers again when they are"
-                    " visited; end it with Ctrl-C or SIGTERM",
-                    process.pid,
-                )
+    launcher = find_launcher(course.config.port)
+    if launcher:
+        log.warning(
+            "launch still runs (pid %d) and starts servers again when they are visited;"
+            " end it with Ctrl-C or SIGTERM",
+            launcher.pid,
+        )
     return outcome.finish(f"The notebooks of {len(accounts)} students are shut down.")
 
 
@@ -3443,6 +3754,7 @@ def command_remove(course: Course) -> int:
             if not find_account(student.username):
                 students.update(student.username, sys_pass="", nb_pass="", port="")
         students.save()
+    reload_launcher(config.port)
     group = config.group and remove_empty_group(config.group)
     return outcome.finish(
         f"{len(ours) - len(outcome.failures)} accounts deleted, {len(others)} left"

@@ -51,6 +51,18 @@ def log_in(browser: WebDriver, course: Course, username: str) -> None:
     use(browser, "input[type=password]", "", write(password, Keys.ENTER))
 
 
+def run_cell(browser: WebDriver) -> Callable[[WebElement], None]:
+    """Click into a cell and press Shift + Enter, once the page has the click."""
+
+    def run(editor: WebElement) -> None:
+        editor.click()
+        use(browser, f"{CODE_CELL}.jp-mod-active .cm-focused")
+        keys = ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER)
+        keys.key_up(Keys.SHIFT).perform()
+
+    return run
+
+
 def switch_to(browser: WebDriver, part: str) -> bool:
     """Go to the window whose address has this part, if there is one."""
     for handle in browser.window_handles:
@@ -89,9 +101,7 @@ def test_a_student_comes_from_the_landing_page_to_a_computed_cell(
     assert browser.current_url.startswith(course.notebook_url(username))
     wait_until(lambda: switch_to(browser, "/notebooks/"), 30, "the notebook's window")
     use(browser, ".jp-Notebook-ExecutionIndicator[data-status=idle]")
-    use(browser, f"{CODE_CELL} .cm-content", "sum(range(1, 101))", WebElement.click)
-    keys = ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER)
-    keys.key_up(Keys.SHIFT).perform()
+    use(browser, f"{CODE_CELL} .cm-content", "sum(range(1, 101))", run_cell(browser))
     use(browser, f"{CODE_CELL} .jp-OutputArea-output", "5050")
     ActionChains(browser).key_down(Keys.CONTROL).send_keys("s").perform()
     notebook = course.home(username) / "course/material/welcome.ipynb"
@@ -110,7 +120,7 @@ def test_the_field_leads_to_the_log_in_on_a_phone(make_course: CourseMaker) -> N
         width = phone.execute_script("return document.documentElement.scrollWidth")
         assert width <= 390
         use(phone, "input", "", write("nobody", Keys.ENTER))
-        use(phone, ".problem", "nobody")
+        use(phone, ".message", "nobody")
         use(phone, "input", "", write(username.upper()))
         use(phone, "button", "", WebElement.click)
         log_in(phone, course, username)

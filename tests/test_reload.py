@@ -1,0 +1,175 @@
+"""Changes while `launch` runs: late students, students who left, new settings."""
+
+import pwd
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+
+import notebooks
+import psutil
+import pytest
+from support import Course, Launch, LogInRefused, Notebook, fetch, is_ours, wait_until
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
+    with Course(tmp_path_factory.mktemp("course"), 3, web_title="First") as course:
+        course.check("setup")
+        course.launch().wait_ready()
+        yield course
+
+
+@pytest.fixture
+def launch(course: Course) -> Launch:
+    (launch,) = course.launches
+    return launch
+
+
+def reload(launch: Launch) -> str:
+    """Send SIGHUP and return what is said of it."""
+    return said_after(launch, lambda: launch.process.send_signal(signal.SIGHUP))
+
+
+def said_after(launch: Launch, action: Callable[[], object]) -> str:
+    before = len(launch.output)
+    action()
+
+    def said() -> str:
+        text = launch.output[before:]
+        return text if "eloaded: " in text and text.endswith("\n") else ""
+
+    return wait_until(said, 20, "a reload")
+
+
+def landing_page(course: Course) -> str:
+    return fetch(course.url, context=course.context()).text
+
+
+def test_setup_brings_a_late_student_into_a_launch_that_runs(
+    course: Course, launch: Launch
+) -> None:
+    before = {name: course.server(name) for name in course.students}
+    notebook = course.notebook(course.students[0])
+    notebook.execute("kept = 42")
+    late = f"{course.students[0]}late"
+    rows = list(course.rows().values())
+    course.write_students([*rows, {"username": late, "name": "Late"}])
+    course.students.append(late)
+    said = said_after(launch, lambda: course.check("setup"))
+    assert "Reloaded: 1 students came, 0 left." in said
+    wait_until(lambda: course.servers(late), 20, "the late student's server")
+    course.notebook(late)
+    assert int(course.rows()[late]["port"]) == course.port + 4
+    assert f'href="/{late}"' in landing_page(course)
+    address = fetch(f"{course.url}{late}", context=course.context()).headers["Location"]
+    assert address == course.notebook_url(late)
+    assert {name: course.server(name) for name in before} == before
+    assert notebook.execute("kept") == "42"
+
+
+def test_a_student_who_left_the_list_loses_server_and_port(
+    course: Course, launch: Launch
+) -> None:
+    gone, stays = course.students[-1], course.students[0]
+    course.notebook(gone).execute("1")
+    port = int(course.rows()[gone]["port"])
+    others = course.server(stays)
+    rows = course.rows()
+    course.write_students(row for name, row in rows.items() if name != gone)
+    assert "Reloaded: 0 students came, 1 left." in reload(launch)
+    assert course.servers(gone) == []
+    assert not [x for x in course.processes() if x.username() == gone]
+    with pytest.raises(ConnectionRefusedError):
+        fetch(f"https://localhost:{port}/")
+    assert f'href="/{gone}"' not in landing_page(course)
+    assert course.server(stays) == others
+    course.write_students(rows.values())
+    assert "Reloaded: 1 students came, 0 left." in reload(launch)
+    course.notebook(gone)
+
+
+def test_a_bad_list_or_configuration_changes_nothing(
+    course: Course, launch: Launch
+) -> None:
+    before = {name: course.server(name) for name in course.students}
+    rows = list(course.rows().values())
+    course.write_students([*rows, {"username": "../x"}, rows[0]])
+    said = reload(launch)
+    assert "not reloaded: " in said and "line 6: '../x'" in said
+    assert "line 7: the name" in said
+    course.write_students(rows)
+    text = course.config.read_text()
+    course.config.write_text(text.replace("web_title", "wb_title"))
+    assert "did you mean `web_title`" in reload(launch)
+    course.config.write_text(text)
+    assert {name: course.server(name) for name in course.students} == before
+    assert "<title>First</title>" in landing_page(course)
+
+
+def test_settings_count_at_once_where_they_can(course: Course, launch: Launch) -> None:
+    server = course.server(course.students[0])
+    webserver = launch.helper("webserver")
+    course.configure(web_title="Second", list_students="no")
+    reload(launch)
+    wait_until(lambda: "Second" in landing_page(course), 10, "the new title")
+    assert "href" not in landing_page(course)
+    course.configure(web_title="First", list_students="yes", port=course.port + 1)
+    assert "another `port` counts from the next launch" in reload(launch)
+    course.configure(port=course.port)
+    assert launch.helper("webserver") == webserver
+    assert course.server(course.students[0]) == server
+
+
+def test_a_renewed_certificate_is_shown_and_used_by_what_starts_later(
+    course: Course, launch: Launch
+) -> None:
+    old = course.context()
+    (course.directory / "notebooks.pem").unlink()
+    reload(launch)
+    new = course.context()
+    assert fetch(course.url, context=new).status == 200
+    first, second = course.students[:2]
+    assert fetch(f"{course.notebook_url(first)}login", context=old).status == 200
+    course.server(second).kill()
+    assert fetch(f"{course.notebook_url(second)}login", context=new).status == 200
+    course.server(first).kill()
+    course.notebook(first)
+
+
+def test_a_new_password_counts_from_the_next_start(
+    course: Course, launch: Launch
+) -> None:
+    username = course.students[1]
+    old = course.rows()[username]["nb-pass"]
+    rows = course.rows()
+    rows[username]["nb-pass"] = ""
+    course.write_students(rows.values())
+    said_after(launch, lambda: course.check("setup"))
+    assert course.rows()[username]["nb-pass"] not in ("", old)
+    server = course.server(username)
+    server.kill()
+    wait_until(lambda: not is_ours(server), 10, "its end")
+    course.notebook(username)
+    with pytest.raises(LogInRefused):
+        Notebook(course.notebook_url(username), course.context()).log_in(old)
+
+
+def test_remove_takes_students_out_of_a_launch_that_runs(
+    course: Course, launch: Launch
+) -> None:
+    """And one who is made anew afterwards, with the old name, is served again."""
+    username = course.students[2]
+    uid = pwd.getpwnam(username).pw_uid
+    rows = course.rows()
+    course.write_students([rows[username]])
+    said = said_after(launch, lambda: course.check("remove", "--yes"))
+    assert f"{username}: has no account" in said
+    assert all(not x.uids().real == uid for x in psutil.process_iter(["uids"]))
+    assert not (notebooks.RUNTIME_DIR / str(uid)).exists()
+    subprocess.run(["useradd", "--create-home", username], check=True)  # another uid
+    course.write_students(rows.values())
+    said_after(launch, lambda: course.check("setup"))
+    course.notebook(username)
+    assert launch.process.poll() is None
