@@ -54,9 +54,8 @@ import itertools
 import json
 import logging
 import mimetypes
-import multiprocessing
-import multiprocessing.connection
 import os
+import pickle
 import pwd
 import re
 import resource
@@ -76,7 +75,14 @@ import time
 import traceback
 import urllib.parse
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -113,6 +119,12 @@ PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
 ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
+# Where every user may have files, and System V objects (sysvipc(7), ipcrm(1)).
+PUBLIC_DIRS = (
+    *("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run/lock"),
+    *("/var/spool/cron/atjobs", "/var/crash"),
+)
+IPC_KINDS = {"shm": "--shmem-id", "msg": "--queue-id", "sem": "--semaphore-id"}
 PART_PREFIX = ".notebooks-part-"  # of files that are not whole yet
 COPY_CHUNK_BYTES = 1 << 24
 
@@ -132,7 +144,16 @@ START_SECONDS = 60.0  # until a server that was started must have named its addr
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
 CULL_SECONDS = 60  # between two looks at what is idle
+HEARTBEAT = b"."  # a sign of life of a worker
+HEARTBEAT_SECONDS = 1.0
+STUCK_SECONDS = 20.0  # without one, after which it is given up
+STUCK = (
+    "something of theirs does not answer, such as a FUSE file system; run"
+    " `notebooks.py shutdown`, end what else they run, and try again"
+)
+MAX_ARGV_BYTES = 1 << 14
 MAX_PROCESSES = 1000  # and threads of one student's (RLIMIT_NPROC): stops a fork bomb
+DELETE_SECONDS = 300.0  # for a home with millions of files
 KILL_SECONDS = 10.0  # how long processes that keep forking are fought
 LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
 SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
@@ -144,6 +165,7 @@ MAX_RESTART_DELAY_SECONDS = 60.0
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_MESSAGE_DESCRIPTORS = 4
 SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
+MAX_LOOKED_DESCRIPTORS = 1000  # of each process
 SYS_PIDFD_GETFD = 438  # the same on all architectures
 
 CERTIFICATE_NAME = "notebooks.pem"  # beside the configuration file
@@ -172,8 +194,10 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in text)
 
 
-def explain(error: OSError) -> str:
-    """Return what the system said, without Python's own words."""
+def explain(error: Exception) -> str:
+    """Return what an error says, of one of the system's without Python's own words."""
+    if not isinstance(error, OSError):
+        return str(error) or type(error).__name__
     name = f": {error.filename!r}" if error.filename is not None else ""
     return f"{error.strerror or error}{name}"
 
@@ -536,6 +560,14 @@ class StudentList:
                 quoted = record.cells[column].startswith('"')
                 record.cells[column] = quote(value, self.delimiter, quoted)
 
+    def __contains__(self, username: str) -> bool:
+        return username in self.by_name
+
+    def forget(self, username: str) -> None:
+        """Clear what only counts as long as there is an account, and save that."""
+        self.update(username, sys_pass="", nb_pass="", port="")
+        self.save()
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the list against other notebooks.py, and read it anew.
@@ -737,6 +769,31 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
     return done.stdout
 
 
+def delete(*argv: str) -> None:
+    """Run find(1) or rm(1), which may take long; Ctrl-C ends it.
+
+    What it says is not kept: students can make it as long as they like.
+
+    Raises: Error if it fails, or does not end.
+    """
+    log.debug("running %s", shlex.join(argv))
+    process = subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={"PATH": PROGRAM_PATH},
+        cwd="/",
+    )
+    try:
+        if process.wait(DELETE_SECONDS):
+            raise Error(f"{shlex.join(argv[:2])} could not delete everything")
+    except subprocess.TimeoutExpired:
+        raise Error(f"{shlex.join(argv[:2])} does not end") from None
+    finally:
+        process.kill()  # it is not waited for: it may be stuck
+
+
 def read_login_defs(key: str, default: int) -> int:
     """Return a number from login.defs(5)."""
     with contextlib.suppress(OSError, ValueError):
@@ -817,6 +874,8 @@ def ensure_account(student: Student, group: str) -> str:
         try:
             run_program(
                 ["useradd", "--no-create-home", "--home-dir", str(home), "--user-group"]
+                # No subordinate ids (subuid(5)): what runs under them is hard to find.
+                + ["--key", "SUB_UID_COUNT=0", "--key", "SUB_GID_COUNT=0"]
                 + ["--shell", "/bin/bash", *groups]
                 + ["--comment", gecos(student), "--", student.username]
             )
@@ -871,26 +930,33 @@ def make_password(length: int) -> str:
     return "".join(secrets.choice(PASSWORD_ALPHABET) for _ in range(length))
 
 
-def remove_account(account: pwd.struct_passwd) -> None:
-    """Delete an account of ours, whatever its processes do, and its home.
+def end_account(account: pwd.struct_passwd) -> None:
+    """End all that an account of ours runs, whatever its processes do, for good.
 
-    The account is closed first, so that neither ssh nor cron start anything new.
+    It is closed first, so that neither ssh nor cron start anything new.
 
-    Raises: Error if processes or mounts are in the way; what is left can be removed by
-    the same call again.
+    Raises: Error if processes or mounts are in the way.
     """
     for mount in mounts_below(account.pw_dir):
         raise Error(f"something is mounted at {mount!r}; umount it, then remove again")
     run_program(["usermod", "--expiredate", "1", "--", account.pw_name])
     Path("/var/spool/cron/crontabs", account.pw_name).unlink(missing_ok=True)
     kill_everything(account)
-    clear_runtime_dir(account.pw_uid)
-    delete_public_files(account.pw_uid)
+
+
+def remove_account(account: pwd.struct_passwd) -> None:
+    """Delete an account of ours that was ended, and its home.
+
+    Raises: Error; what is left can be removed by the same call again.
+    """
+    runtime_dir = RUNTIME_DIR / str(account.pw_uid)
+    delete("rm", "-rf", "--one-file-system", "--", str(runtime_dir))
+    clear_empty_runtime_dir()
     home = []
     if os.path.lexists(account.pw_dir):
         home = ["--remove"]
         # userdel cannot remove directories that are nested a thousand deep.
-        run_program(["find", account.pw_dir, "-xdev", "-mindepth", "1", "-delete"])
+        delete("find", account.pw_dir, "-xdev", "-mindepth", "1", "-delete")
     try:
         run_program(["userdel", *home, "--", account.pw_name])
     except Error:  # unless a remove that was killed had just called it
@@ -898,11 +964,23 @@ def remove_account(account: pwd.struct_passwd) -> None:
             raise
 
 
-def delete_public_files(uid: int) -> None:
-    """Delete what a user has where everyone may write: the next one may get the uid."""
-    for directory in ("/tmp", "/var/tmp", "/dev/shm"):
-        with contextlib.suppress(Error):  # a directory that has files of others in it
-            run_program(["find", directory, "-xdev", "-uid", str(uid), "-delete"])
+def delete_public_files(uids: Collection[int]) -> None:
+    """Delete what users have where everyone may write: others may get their uids."""
+    if not uids:
+        return
+    owned = " -o ".join(f"-uid {uid}" for uid in uids).split()
+    for directory in PUBLIC_DIRS:
+        if os.path.isdir(directory):
+            with contextlib.suppress(Error):  # a directory that has files of others
+                delete("find", directory, "-xdev", "(", *owned, ")", "-delete")
+    for kind, option in IPC_KINDS.items():
+        lines = Path("/proc/sysvipc", kind).read_text().splitlines()
+        names = lines[0].split()
+        for line in lines[1:]:
+            row = dict(zip(names, map(int, line.split())))
+            if row["uid"] in uids or row["cuid"] in uids:
+                with contextlib.suppress(Error):  # it has gone meanwhile
+                    run_program(["ipcrm", option, line.split()[1]])
 
 
 def mounts_below(directory: str) -> list[str]:
@@ -1046,6 +1124,17 @@ JUPYTER_COMMANDS = {"notebook", "lab", "server", "nbclassic", "kernel"}
 CONNECTION_FILE = re.compile(rf"{re.escape(str(RUNTIME_DIR))}/\d+/kernel-.*\.json")
 
 
+def read_argv(pid: int) -> list[str]:
+    """Return the beginning of a process's command line, or nothing.
+
+    A process can make it gigabytes long. Source: proc(5), /proc/PID/cmdline.
+    """
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb", 0) as file:
+        data = file.read(MAX_ARGV_BYTES)
+        return data.rstrip(b"\0").decode(errors="replace").split("\0")
+    return []
+
+
 def program_words(argv: Sequence[str]) -> list[str]:
     """Return a command line from the program on: a Python's module or script counts."""
     words = list(argv) or [""]
@@ -1107,7 +1196,7 @@ def jupyter_processes(
     for process in processes:
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             family = {process.ppid(), os.getsid(process.pid)}
-            facts[process.pid] = process, process.cmdline(), family
+            facts[process.pid] = process, read_argv(process.pid), family
     found = {pid for pid, fact in facts.items() if is_jupyter(fact[1])}
     while found - known:
         known |= found
@@ -1116,15 +1205,15 @@ def jupyter_processes(
     return [facts[pid][0] for pid in sorted(found)]
 
 
-def signal_process(process: psutil.Process, uid: int, number: int) -> None:
+def signal_process(pid: int, uid: int, number: int) -> None:
     """Send a signal to a process if it runs under that uid, and to no other.
 
     The descriptor names one process, whatever becomes of its pid: pidfd_open(2).
     """
-    with contextlib.suppress(psutil.Error, ProcessLookupError):
-        fd = os.pidfd_open(process.pid)
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
         try:
-            if read_status(process.pid)[0] == uid:
+            if read_status(pid)[0] == uid:
                 signal.pidfd_send_signal(fd, number)
         finally:
             os.close(fd)
@@ -1155,7 +1244,7 @@ def stop_jupyter(uids: Sequence[int]) -> dict[int, int]:
         for uid, processes in running.items():
             for process in processes:
                 if number == signal.SIGKILL or process not in signalled:
-                    signal_process(process, uid, number)
+                    signal_process(process.pid, uid, number)
                     signalled.add(process)
         time.sleep(0.1)
         running = find_jupyter()
@@ -1175,9 +1264,12 @@ def kill_everything(account: pwd.struct_passwd) -> None:
         if killed and not left:
             return
         if time.monotonic() > deadline:
-            raise Error("processes of theirs cannot be killed; is one stuck on a disk?")
+            raise Error(
+                "a process of theirs cannot be killed; is it stuck on a disk, or a FUSE"
+                " file system? (mount -t fusectl x /mnt; echo 1 >/mnt/NUMBER/abort)"
+            )
         for process in left:
-            signal_process(process, identity.uid, signal.SIGKILL)
+            signal_process(process.pid, identity.uid, signal.SIGKILL)
         time.sleep(0.02)
 
 
@@ -1204,51 +1296,93 @@ def kill_all_at_once(identity: Identity) -> bool:
     return wait_status == 0
 
 
+@dataclasses.dataclass
+class Worker:
+    """A process that does something for one student, and what it has sent so far."""
+
+    student: Student
+    pid: int
+    fd: int
+    data: bytes = b""
+    heard: float = dataclasses.field(default_factory=time.monotonic)
+
+    def read(self) -> bool:
+        """Read what has come; return whether there will be more."""
+        data = os.read(self.fd, 1 << 16)
+        self.data = (self.data + data).lstrip(HEARTBEAT)  # a pickle begins with 0x80
+        self.heard = time.monotonic()
+        return bool(data)
+
+    def result(self) -> Any:
+        os.close(self.fd)
+        os.waitpid(self.pid, 0)
+        with contextlib.suppress(EOFError, pickle.UnpicklingError):
+            return pickle.loads(self.data)
+        return Error("its process ended unexpectedly; out of memory?")
+
+    def end(self, number: int) -> None:
+        """End it with a signal, and if that does not help leave it to itself."""
+        os.close(self.fd)
+        deadline = time.monotonic() + 1
+        os.kill(self.pid, number)
+        while os.waitpid(self.pid, os.WNOHANG) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+
 def for_each_student(
     function: Callable[[Student], Result], students: Iterable[Student]
 ) -> Iterator[tuple[Student, Result | Error]]:
     """Call a function for several students at once, each in a process of its own.
 
-    Effective ids belong to a whole process, so threads cannot do this. Yields what the
-    function returned, or the Error that it ended in, as they come.
+    Effective ids belong to a whole process, so threads cannot do this. And a student
+    can make a process of ours sleep in the kernel for ever, such as one that wants a
+    directory which a FUSE file system of theirs keeps locked: it is given up then.
+    Yields what the function returned, or the Error that it ended in, as they come.
     """
-    context = multiprocessing.get_context("fork")
     waiting = list(students)[::-1]
-    running: dict[multiprocessing.connection.Connection, tuple[Student, Any]] = {}
+    workers: dict[int, Worker] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
-                student = waiting.pop()
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=report_result, args=(function, student, theirs)
-                )
-                process.start()
-                theirs.close()
-                running[ours] = student, process
-            for ready in multiprocessing.connection.wait(list(running)):
-                assert isinstance(ready, multiprocessing.connection.Connection)
-                student, process = running.pop(ready)
-                try:
-                    result = ready.recv()
-                except EOFError:
-                    result = Error("its process ended unexpectedly; out of memory?")
-                ready.close()
-                process.join()
-                yield student, result
+        while waiting or workers:
+            while waiting and len(workers) < (os.cpu_count() or 1):
+                worker = spawn_worker(function, waiting.pop())
+                workers[worker.fd] = worker
+            ready, _, _ = select.select(list(workers), [], [], HEARTBEAT_SECONDS)
+            for worker in list(workers.values()):
+                if worker.fd in ready and not worker.read():
+                    del workers[worker.fd]
+                    yield worker.student, worker.result()
+                elif time.monotonic() > worker.heard + STUCK_SECONDS:
+                    del workers[worker.fd]
+                    worker.end(signal.SIGKILL)
+                    yield worker.student, Error(STUCK)
     finally:
-        for connection, (_, process) in running.items():
-            process.terminate()
-            process.join()
-            connection.close()
+        for worker in workers.values():
+            worker.end(signal.SIGTERM)
 
 
-def report_result(
-    function: Callable[[Student], Result],
-    student: Student,
-    connection: multiprocessing.connection.Connection,
-) -> None:
-    """Send what the function returns for a student.
+def spawn_worker(function: Callable[[Student], Any], student: Student) -> Worker:
+    """Fork a worker; it holds nothing else that is open, above all no lock."""
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        os.close(write_fd)
+        return Worker(student, pid, read_fd)
+    try:
+        close_all_but({0, 1, 2, write_fd})
+        send_result(function, student, write_fd)
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):
+            traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def send_result(function: Callable[[Student], Any], student: Student, fd: int) -> None:
+    """Write what the function returns, and until then a sign of life each second.
 
     Runs as: root, in a child. Ctrl-C and SIGTERM end it after its cleaning up.
     """
@@ -1258,17 +1392,22 @@ def report_result(
 
     signal.signal(signal.SIGTERM, handle_sigterm)
     signal.signal(signal.SIGINT, handle_sigterm)
-    result: Result | Error
+    signal.signal(signal.SIGALRM, lambda *_: os.write(fd, HEARTBEAT))
+    signal.setitimer(signal.ITIMER_REAL, HEARTBEAT_SECONDS, HEARTBEAT_SECONDS)
     try:
-        try:
-            result = function(student)
-        except Error as error:
-            result = error
-        except OSError as error:
-            result = Error(explain(error))
-        connection.send(result)
-    except KeyboardInterrupt:
-        os._exit(1)
+        result = function(student)
+    except (Error, OSError) as error:
+        result = Error(explain(error))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    with open(fd, "wb") as file:
+        pickle.dump(result, file)
+
+
+def close_all_but(fds: set[int]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in fds:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
 
 
 # -------------------------------------------------------------------------------------
@@ -1538,7 +1677,10 @@ class TreeCopy:
 
     def move_aside(self, name: str, directory_fd: int) -> None:
         """Rename a file or directory to the first of `name.~1~`... that is free."""
-        stem = os.fsdecode(os.fsencode(name)[:240])  # of the 255 bytes that it may have
+        stem = name
+        if len(os.fsencode(name)) > 240:  # of the 255 bytes that a name may have
+            digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+            stem = f"{os.fsdecode(os.fsencode(name)[:200])}-{digest}"
         for number in itertools.count(1):
             backup = f"{stem}.~{number}~"
             try:
@@ -1676,21 +1818,38 @@ def copy_profile(profile: str, account: pwd.struct_passwd) -> CopyReport:
 
 
 def ensure_runtime_dir(account: pwd.struct_passwd) -> Path:
-    """Make the private directory of a student's runtime files."""
+    """Make the private directory of a student's runtime files.
+
+    Nobody but root may list the directory above: who reads one can keep it locked.
+    """
     directory = RUNTIME_DIR / str(account.pw_uid)
-    RUNTIME_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
+    RUNTIME_DIR.mkdir(mode=0o711, parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
-    os.chown(directory, account.pw_uid, account.pw_gid, follow_symlinks=False)
+    if os.lstat(directory).st_uid != account.pw_uid:
+        os.chown(directory, account.pw_uid, account.pw_gid, follow_symlinks=False)
     return directory
 
 
-def clear_runtime_dir(uid: int) -> None:
-    """Remove what servers and kernels left; rm(1) follows no links, at any depth."""
-    remove = ["rm", "-rf", "--one-file-system", "--"]
-    run_program([*remove, str(RUNTIME_DIR / str(uid))])
-    if RUNTIME_DIR.exists() and os.listdir(RUNTIME_DIR) == [CONFIG_DIR.name]:
-        run_program([*remove, str(RUNTIME_DIR)])
+def clear_runtime_dir(student: Student) -> None:
+    """Remove what servers and kernels of a student's have left."""
+    directory = RUNTIME_DIR / str(pwd.getpwnam(student.username).pw_uid)
+    with contextlib.suppress(FileNotFoundError):
+        fd = os.open(directory, DIRECTORY_FLAGS)
+        for name in os.listdir(fd):
+            with contextlib.suppress(OSError):  # a directory: theirs, not a kernel's
+                os.unlink(name, dir_fd=fd)
+        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+        clear_empty_runtime_dir()
+
+
+def clear_empty_runtime_dir() -> None:
+    """Remove the directory above once nobody has one in it."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.listdir(RUNTIME_DIR) == [CONFIG_DIR.name]:
+            delete("rm", "-rf", "--", str(RUNTIME_DIR))
 
 
 # -------------------------------------------------------------------------------------
@@ -1982,6 +2141,7 @@ def server_environment(account: pwd.struct_passwd) -> dict[str, str]:
 
 def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
     """Return the traitlets configuration of a student's server."""
+    from jupyter_core.paths import ENV_JUPYTER_PATH, SYSTEM_JUPYTER_PATH
     from traitlets.config import Config as Settings
 
     config_dir = Path(account.pw_dir, ".jupyter")
@@ -1990,6 +2150,11 @@ def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
     lab = {
         "user_settings_dir": str(config_dir / "lab/user-settings"),
         "workspaces_dir": str(config_dir / "lab/workspaces"),
+        # Pages of extensions are shown to anybody, without a log-in: not the student's.
+        "labextensions_path": [
+            os.path.join(path, "labextensions")
+            for path in (*ENV_JUPYTER_PATH, *SYSTEM_JUPYTER_PATH)
+        ],
     }
     return Settings(
         ServerApp={
@@ -2025,8 +2190,9 @@ def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
             "cull_inactive_timeout": request.idle_seconds,
             "cull_interval": CULL_SECONDS,
         },
-        # To find its default, nbformat executes the configuration in the home.
-        NotebookNotary={"data_dir": str(Path(account.pw_dir, ".local/share/jupyter"))},
+        # A database in the home could be any that SQLite reads, with SQL that is run;
+        # and to find the directory, nbformat executes the configuration in the home.
+        NotebookNotary={"data_dir": str(config_dir), "db_file": ":memory:"},
         LabApp={**lab, "extension_manager": "readonly", "news_url": None},
         JupyterNotebookApp=lab,
         LabServerApp=lab,
@@ -2237,6 +2403,7 @@ def run_server(request: ServerRequest, listener: socket.socket) -> None:
     context = Certificate(Path(request.cert_file), Path(request.key_file)).context()
     ensure_config_dir()
     resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
+    allow_all_descriptors()
     setproctitle.setproctitle(SERVER_TITLE + request.username)
     os.setsid()
     drop_privileges(identity_of(account))
@@ -2371,21 +2538,17 @@ def answer_request(fd: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     close_all_but({0, 1, 2, fd})
     with socket.socket(fileno=fd) as channel:
-        message, (listener_fd, terminal_fd) = receive_message(channel)
-        pid_fd = os.pidfd_open(os.getpid())
-        send_message(channel, {"pid": os.getpid()}, [pid_fd])
+        try:
+            message, (listener_fd, terminal_fd) = receive_message(channel)
+            pid_fd = os.pidfd_open(os.getpid())
+            send_message(channel, {"pid": os.getpid()}, [pid_fd])
+        except (EOFError, ConnectionError):  # the launcher does not want it any more
+            return
     os.close(pid_fd)
     for standard in (0, 1, 2):
         os.dup2(terminal_fd, standard)
     os.close(terminal_fd)
     run_server(ServerRequest(**message), socket.socket(fileno=listener_fd))
-
-
-def close_all_but(fds: set[int]) -> None:
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in fds:
-            with contextlib.suppress(OSError):
-                os.close(int(name))
 
 
 def reap_servers(channel: socket.socket) -> None:
@@ -2522,45 +2685,50 @@ def bind_port(port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=1024)
 
 
-# For each port the processes that listen on it, each with its descriptor.
-Listeners = dict[int, list[tuple[psutil.Process, int]]]
+# For each port the pids of those who listen on it, each with its descriptor.
+Listeners = dict[int, list[tuple[int, int]]]
 
 
 def find_listeners() -> Listeners:
+    """Return who listens on which TCP port, of the first descriptors of each process.
+
+    Source: proc(5), /proc/net/tcp: local address, state (0A: LISTEN), inode.
+    """
+    ports = {}
+    for path in Path("/proc/net").glob("tcp*"):
+        for line in path.read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                ports[f"socket:[{fields[9]}]"] = int(fields[1].rpartition(":")[2], 16)
     listeners: Listeners = {}
-    for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.pid:
-            with contextlib.suppress(psutil.Error):
-                holder = psutil.Process(connection.pid), connection.fd
-                port = connection.laddr[1] if connection.laddr else 0
-                listeners.setdefault(port, []).append(holder)
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+            for entry in itertools.islice(entries, MAX_LOOKED_DESCRIPTORS):
+                with contextlib.suppress(OSError):
+                    port = ports.get(os.readlink(entry.path))
+                    if port:
+                        listeners.setdefault(port, []).append((pid, int(entry.name)))
     return listeners
 
 
 def describe_holder(listeners: Listeners, port: int) -> str:
     """Name what holds a port."""
-    for process, _ in listeners.get(port, ()):
-        with contextlib.suppress(psutil.Error):
-            name = printable(" ".join(process.cmdline()) or process.name())[:60]
-            return f"{name} (pid {process.pid}, user {process.username()})"
-    return "a process that cannot be named"
+    for pid, _ in listeners.get(port, ()):
+        with contextlib.suppress(ProcessLookupError, KeyError):
+            user = pwd.getpwuid(read_status(pid)[0]).pw_name
+            name = printable(" ".join(read_argv(pid)))[:60]
+            return f"{name} (pid {pid}, user {user})"
+    return f"a process that cannot be named (`ss -tanp | grep {port}` may)"
 
 
-def find_launcher(port: int) -> psutil.Process | None:
-    """Return the `launch` of root's that holds this base port, as does its webserver.
-
-    Of the processes that hold one socket psutil names only one.
-    """
-    for holder, _ in find_listeners().get(port, ()):
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            for process in (holder, *holder.parents()[:1]):
-                title = " ".join(process.cmdline())
-                if (
-                    title.startswith(LAUNCHER_TITLE)
-                    and read_status(process.pid)[0] == 0
-                ):
-                    return process
-    return None
+def find_launcher(port: int) -> int:
+    """Return the pid of the `launch` of root's that holds this base port, or 0."""
+    for pid, _ in find_listeners().get(port, ()):
+        with contextlib.suppress(ProcessLookupError):
+            is_launcher = " ".join(read_argv(pid)).startswith(LAUNCHER_TITLE)
+            if is_launcher and read_status(pid)[0] == 0:
+                return pid
+    return 0
 
 
 def reload_launcher(port: int) -> None:
@@ -2568,7 +2736,7 @@ def reload_launcher(port: int) -> None:
     launcher = find_launcher(port)
     if launcher:
         signal_process(launcher, 0, signal.SIGHUP)
-        print(f"The launch that runs (pid {launcher.pid}) has been told.")
+        print(f"The launch that runs (pid {launcher}) has been told.")
 
 
 def take_listener(
@@ -2582,11 +2750,11 @@ def take_listener(
     Returns: the socket, the pid of the server and a descriptor of it, or None.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    for process, number in listeners.get(port, ()):
+    for pid, number in listeners.get(port, ()):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            pid_fd = os.pidfd_open(process.pid)
+            pid_fd = os.pidfd_open(pid)
             stack.callback(os.close, pid_fd)
-            if read_status(process.pid)[0] != uid:
+            if read_status(pid)[0] != uid:
                 continue
             fd = libc.syscall(SYS_PIDFD_GETFD, pid_fd, number, 0)
             if fd < 0:
@@ -2594,8 +2762,14 @@ def take_listener(
             listener = stack.enter_context(socket.socket(fileno=fd))
             if os.fstat(fd).st_uid == 0 and listener.getsockname()[1] == port:
                 stack.pop_all()
-                return listener, process.pid, pid_fd
+                return listener, pid, pid_fd
     return None
+
+
+def allow_all_descriptors() -> None:
+    """Allow a server on the network as many connections as the system does."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def raise_descriptor_limit(count: int) -> None:
@@ -3055,8 +3229,7 @@ class Launcher:
             try:
                 await self.request_server(server)
             except (Error, OSError, asyncio.TimeoutError) as error:
-                text = explain(error) if isinstance(error, OSError) else str(error)
-                log.error("%s: %s", server.username, text or type(error).__name__)
+                log.error("%s: %s", server.username, explain(error))
                 server.state = "failed"
             else:
                 server.state = "running"
@@ -3145,8 +3318,7 @@ class Launcher:
             course = course._replace(config=config)
             servers = open_servers(course, outcome, self.servers)
         except (Error, OSError) as error:
-            text = explain(error) if isinstance(error, OSError) else str(error)
-            for line in text.splitlines():
+            for line in explain(error).splitlines():
                 log.error("not reloaded: %s", line)
             return
         for username, reason in outcome.failures.items():
@@ -3484,8 +3656,7 @@ def run_webserver(channel: socket.socket) -> None:
     """
     setproctitle.setproctitle(WEBSERVER_TITLE)
     logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allow_all_descriptors()
     message, (fd,) = receive_message(channel)
     certificate = Certificate(Path(message["cert_file"]), Path(message["key_file"]))
     context = certificate.context()
@@ -3516,20 +3687,23 @@ def command_setup(course: Course) -> int:
         if config.group:
             ensure_group(config.group)
         todo = students.students
+        done = {}
         try:
             for student in progress(todo, len(todo), "setup"):
                 try:
-                    done = ensure_account(student, config.group)
-                    furnish_home(config, find_account(student.username))
+                    done[student] = ensure_account(student, config.group)
                 except (Error, OSError) as error:
-                    text = explain(error) if isinstance(error, OSError) else str(error)
-                    outcome.failed(student.username, text)
-                else:
-                    counts[done] += 1
-                    outcome.done(student.username, done)
+                    outcome.failed(student.username, explain(error))
         finally:
             with uninterrupted():
                 set_missing_passwords(todo)
+        furnish = functools.partial(furnish_home, config)
+        for student, result in for_each_student(furnish, done):
+            if isinstance(result, Error):
+                outcome.failed(student.username, str(result))
+            else:
+                counts[done[student]] += 1
+                outcome.done(student.username, done[student])
     reload_launcher(config.port)
     return outcome.finish(
         f"{counts['new']} accounts made, {counts['adopted']} adopted, {counts['kept']}"
@@ -3555,10 +3729,9 @@ def prepare_passwords(config: Config, students: StudentList) -> None:
     students.save()
 
 
-def furnish_home(config: Config, account: pwd.struct_passwd | None) -> None:
+def furnish_home(config: Config, student: Student) -> None:
     """Make the home and the tutorial directory in it, and copy the IPython profile."""
-    if account is None:
-        raise Error("useradd made no account")
+    account = pwd.getpwnam(student.username)
     ensure_home(account)
     parts = config.tutorial_dir.parts
     fd = open_directory(Path(account.pw_dir), parts, identity_of(account), create=True)
@@ -3695,64 +3868,54 @@ def command_launch(course: Course) -> int:
 def command_shutdown(course: Course) -> int:
     """End the notebook servers, kernels and terminals of all students at once."""
     outcome = Outcome()
-    accounts = [
-        account
-        for student in course.students.students
-        if (account := find_account(student.username))
-    ]
-    left = stop_jupyter([account.pw_uid for account in accounts])
-    for account in accounts:
-        try:
-            if left[account.pw_uid]:
-                raise Error(f"{left[account.pw_uid]} processes could not be ended")
-            clear_runtime_dir(account.pw_uid)
-            outcome.done(account.pw_name, "shut down")
-        except Error as error:
-            outcome.failed(account.pw_name, str(error))
+    students = [x for x in course.students.students if find_account(x.username)]
+    uids = {x.username: pwd.getpwnam(x.username).pw_uid for x in students}
+    left = stop_jupyter(list(uids.values()))
+    for student, result in for_each_student(clear_runtime_dir, students):
+        count = left[uids[student.username]]
+        if count:
+            outcome.failed(student.username, f"{count} processes could not be ended")
+        elif isinstance(result, Error):
+            outcome.failed(student.username, str(result))
+        else:
+            outcome.done(student.username, "shut down")
     launcher = find_launcher(course.config.port)
     if launcher:
         log.warning(
             "launch still runs (pid %d) and starts servers again when they are visited;"
             " end it with Ctrl-C or SIGTERM",
-            launcher.pid,
+            launcher,
         )
-    return outcome.finish(f"The notebooks of {len(accounts)} students are shut down.")
+    return outcome.finish(f"The notebooks of {len(students)} students are shut down.")
 
 
 def command_remove(course: Course) -> int:
     """Delete the accounts that setup made, after asking."""
     config, students = course.config, course.students
     outcome = Outcome()
-    ours: list[tuple[Student, pwd.struct_passwd]] = []
-    others: list[tuple[Student, pwd.struct_passwd]] = []
-    for student in students.students:
-        account = find_account(student.username)
-        if account:
-            (ours if is_ours(account) else others).append((student, account))
-    describe_removal(config, [student for student, _ in ours], others)
+    present = [x for x in students.students if find_account(x.username)]
+    ours = [x for x in present if is_ours(pwd.getpwnam(x.username))]
+    others = [x for x in present if x not in ours]
+    describe_removal(config, ours, others)
     if ours and not course.yes:
         confirm(f"Delete {len(ours)} accounts and everything in their homes?")
     with students.locked():
-        names = {student.username for student in students.students}
-        ours = [each for each in ours if each[0].username in names]
-        others = [each for each in others if each[0].username in names]
-        stop_jupyter([account.pw_uid for _, account in ours])
-        for student, account in progress(ours, len(ours), "remove"):
+        ended = end_accounts([x for x in ours if x.username in students], outcome)
+        for student in progress(ended, len(ended), "remove"):
             try:
-                remove_account(account)
-            except Error as error:
-                outcome.failed(student.username, str(error))
+                remove_account(pwd.getpwnam(student.username))
+            except (Error, OSError) as error:
+                outcome.failed(student.username, explain(error))
                 continue
-            students.update(student.username, sys_pass="", nb_pass="", port="")
-            students.save()
+            students.forget(student.username)
             outcome.done(student.username, "account and home deleted")
-        for student, _ in others:
+        for student in others:
             leave_group(student.username, config.group)
             students.update(student.username, nb_pass="", port="")
             outcome.done(student.username, "not made by setup; the account stays")
         for student in students.students:
-            if not find_account(student.username):
-                students.update(student.username, sys_pass="", nb_pass="", port="")
+            if not find_account(student.username):  # deleted by one that was killed
+                students.forget(student.username)
         students.save()
     reload_launcher(config.port)
     group = config.group and remove_empty_group(config.group)
@@ -3762,10 +3925,23 @@ def command_remove(course: Course) -> int:
     )
 
 
+def end_accounts(students: Sequence[Student], outcome: Outcome) -> list[Student]:
+    """End all that these students run, and return those with whom that worked."""
+    accounts = {student: pwd.getpwnam(student.username) for student in students}
+    stop_jupyter([account.pw_uid for account in accounts.values()])
+    ended = []
+    for student, account in accounts.items():
+        try:
+            end_account(account)
+            ended.append(student)
+        except (Error, OSError) as error:
+            outcome.failed(student.username, explain(error))
+    delete_public_files([accounts[student].pw_uid for student in ended])
+    return ended
+
+
 def describe_removal(
-    config: Config,
-    students: Sequence[Student],
-    others: Sequence[tuple[Student, pwd.struct_passwd]],
+    config: Config, students: Sequence[Student], others: Sequence[Student]
 ) -> None:
     """Say what remove will delete, and what would be lost."""
     sizes = {}
@@ -3778,8 +3954,8 @@ def describe_removal(
                 newer.append(student.username)
     total = format_bytes(sum(sizes.values()))
     print(f"{len(students)} accounts that setup made, with {total}, will be deleted.")
-    for _, account in others:
-        print(f"{account.pw_name} was not made by setup: it only leaves the course.")
+    for other in others:
+        print(f"{other.username} was not made by setup: it only leaves the course.")
     names = {student.username for student in students}
     here = sorted({user.name for user in psutil.users()} & names)
     if here:

@@ -254,10 +254,10 @@ def test_a_signal_reaches_only_processes_of_the_expected_user(
 ) -> None:
     """A pid may have become another user's since it was looked up."""
     process = start(course.students[0], OTHERS["an editor"])
-    notebooks.signal_process(psutil.Process(process.pid), uids[1], signal.SIGKILL)
+    notebooks.signal_process(process.pid, uids[1], signal.SIGKILL)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.2)
-    notebooks.signal_process(psutil.Process(process.pid), uids[0], signal.SIGKILL)
+    notebooks.signal_process(process.pid, uids[0], signal.SIGKILL)
     assert process.wait(5) == -signal.SIGKILL
 
 
