@@ -8,6 +8,7 @@ import pwd
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -570,6 +571,29 @@ def test_remove_deletes_what_lies_where_everyone_may_write(course: Course) -> No
         for path in directories:
             assert not Path(f"{path}1").exists()
             Path(f"{path}2").rmdir()
+
+
+SHARE_MEMORY = """
+import ctypes
+print(ctypes.CDLL(None).shmget(0x6e62, 4096, 0o1600), flush=True)
+"""
+
+
+def test_remove_deletes_shared_memory(course: Course) -> None:
+    course.check("setup")
+    done = run_as(course.students[0], sys.executable, "-c", SHARE_MEMORY, check=True)
+    number = done.stdout.strip()
+    listed = Path("/proc/sysvipc/shm")
+    assert number in {line.split()[1] for line in listed.read_text().splitlines()}
+    course.check("remove", "--yes")
+    assert number not in {line.split()[1] for line in listed.read_text().splitlines()}
+
+
+def test_students_get_no_subordinate_ids(course: Course) -> None:
+    """What runs under them belongs to no account, and would outlive it."""
+    course.check("setup")
+    for path in map(Path, ("/etc/subuid", "/etc/subgid")):
+        assert not [x for x in course.students if f"{x}:" in path.read_text()]
 
 
 def test_an_account_that_remove_has_closed_is_opened_again(course: Course) -> None:

@@ -134,6 +134,20 @@ def test_what_is_overwritten_is_kept_as_a_numbered_backup(
     }
 
 
+def test_backups_of_names_that_begin_alike_do_not_get_in_each_others_way(
+    source: Path, destination: Path
+) -> None:
+    """To count up all others first would take time by the square of their number."""
+    long = [f"{'x' * 250}{i}" for i in range(3)]
+    for number in (1, 2):
+        write(source, {name: f"version {number}" for name in long})
+        for name in long:
+            os.utime(source / name, (EARLIER, EARLIER + number))
+        copy(source, destination, backup=True)
+    backups = names(destination) - {*long}
+    assert len(backups) == 3 and all(name.endswith(".~1~") for name in backups)
+
+
 def test_a_directory_in_the_place_of_a_file_is_moved_aside_and_the_reverse(
     source: Path, destination: Path
 ) -> None:

@@ -200,6 +200,25 @@ def test_the_same_files_do_run_in_an_ordinary_server(course: Course) -> None:
     assert [name for name in names if name.endswith("/lab")]
 
 
+def test_pages_that_a_student_made_are_not_shown_without_a_log_in(
+    course: Course,
+) -> None:
+    username = course.students[0]
+    page = ".local/share/jupyter/labextensions/hostile/static/x.html"
+    script = 'mkdir -p "${0%/*}" && echo "<p>hello</p>" >"$0"'
+    run_as(username, "sh", "-c", script, page, check=True)
+    url = f"{course.notebook_url(username)}lab/extensions/hostile/static/x.html"
+    assert fetch(url).status in (302, 403, 404)
+
+
+def test_no_database_in_a_home_is_opened(course: Course) -> None:
+    """SQLite would run what is in it: here a notebook is trusted."""
+    username = course.students[0]
+    notebook = course.notebook(username)
+    notebook.api("POST", "contents/welcome.ipynb/trust")
+    assert not [*course.home(username).rglob("*.db")]
+
+
 def listens(pid: int, port: int) -> bool:
     return any(
         connection.laddr.port == port

@@ -328,3 +328,69 @@ def test_who_is_interrupted_ends_the_work_with_its_cleaning_up(tmp_path: Path) -
     results.close()
     assert tmp_path.joinpath("clean").exists()
     assert not psutil.pid_exists(int(tmp_path.joinpath("2").read_text()))
+
+
+def test_who_gives_no_sign_of_life_is_given_up_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one that waits in the kernel for a FUSE file system that never answers."""
+    monkeypatch.setattr(notebooks, "STUCK_SECONDS", 2.0)
+
+    def work(student: Student) -> int:
+        if student.line == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(3)  # longer than that, but alive
+        return student.line
+
+    results = {x.line: str(result) for x, result in for_each_student(work, students(3))}
+    assert results == {1: notebooks.STUCK, 2: "2", 3: "3"}
+
+
+def test_a_worker_holds_no_lock_and_nothing_else_that_is_open(tmp_path: Path) -> None:
+    with tmp_path.joinpath("list").open("w"):
+
+        def work(student: Student) -> list[str]:
+            links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+            return [os.readlink(link) for link in links if os.path.exists(link)]
+
+        ((_, found),) = for_each_student(work, students(1))
+    assert isinstance(found, list) and found
+    assert not [target for target in found if target.startswith(str(tmp_path))]
+
+
+# Makes /proc/self/cmdline a gigabyte long: prctl(2), PR_SET_MM_MAP. It holds no memory.
+LONG_COMMAND_LINE = """
+import ctypes, mmap, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+size, no_reserve = 1 << 30, 0x4000
+flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+start = libc.mmap(None, ctypes.c_size_t(size), 3, flags, -1, ctypes.c_long(0))
+libc.sbrk.restype = ctypes.c_void_p
+stat = [0, 0, 0] + open("/proc/self/stat").read().rpartition(")")[2].split()
+code = [int(stat[i]) for i in (26, 27, 45, 46, 47)] + [libc.sbrk(0), int(stat[28])]
+values = code + [start, start + size, int(stat[50]), int(stat[51]), 0]
+fields = (ctypes.c_ulong * 13)(*values)
+ctypes.cast(fields, ctypes.POINTER(ctypes.c_uint))[24] = 0
+ctypes.cast(fields, ctypes.POINTER(ctypes.c_uint))[25] = 0xFFFFFFFF  # exe_fd: none
+if libc.prctl(35, 14, ctypes.addressof(fields), 13 * 8, 0):
+    raise OSError(ctypes.get_errno(), "prctl")
+print(flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.root
+def test_a_command_line_of_a_gigabyte_costs_shutdown_nothing(
+    course: Course, start: Start, uids: list[int]
+) -> None:
+    process = start(course.students[0], OTHERS["an editor"], LONG_COMMAND_LINE)
+    with open(f"/proc/{process.pid}/cmdline", "rb") as file:
+        assert len(file.read(1 << 20)) == 1 << 20
+    assert sum(map(len, notebooks.read_argv(process.pid))) <= notebooks.MAX_ARGV_BYTES
+    kernel = start(course.students[1], JUPYTER["a kernel"])
+    begin = time.monotonic()
+    assert notebooks.stop_jupyter(uids) == {uid: 0 for uid in uids}
+    assert time.monotonic() - begin < GRACE_SECONDS
+    assert not runs(kernel) and runs(process)

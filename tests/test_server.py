@@ -302,6 +302,15 @@ def test_settings_workspaces_and_configuration_are_kept_in_the_home(
     }
 
 
+def test_a_server_takes_as_many_connections_as_the_system_allows(
+    course: Course, student: str
+) -> None:
+    """With fewer, others could use them up, and have each more fill the log."""
+    limits = Path(f"/proc/{course.server(student).pid}/limits").read_text()
+    ((soft, hard),) = re.findall(r"Max open files +(\d+) +(\d+)", limits)
+    assert soft == hard and int(hard) > 1024
+
+
 @pytest.mark.parametrize("page", ["tree", "lab", "notebooks/welcome.ipynb", "api/me"])
 def test_pages_of_the_front_end_are_there(notebook: Notebook, page: str) -> None:
     assert notebook.fetch(page).status == 200
