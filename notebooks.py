@@ -93,8 +93,8 @@ try:
     from pexpect import fdpexpect
 except ImportError as missing:
     print(
-        f"notebooks.py: {sys.executable} has {missing}; run the notebooks.py that"
-        " `sudo make install` puts into /usr/local/bin",
+        f"notebooks.py: {sys.executable} lacks {missing.name}; run the notebooks.py"
+        " that `sudo make install` puts into /usr/local/bin",
         file=sys.stderr,
     )
     sys.exit(2)
@@ -115,7 +115,13 @@ MARK = "notebooks.py"
 USERNAME = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # 32: LOGIN_NAME_MAX of utmp(5)
 # Letters and digits that cannot be taken for one another on paper.
 PASSWORD_ALPHABET = "".join(set(string.ascii_letters + string.digits) - set("0O1lI"))
+MAX_PASSWORD_LENGTH = 200  # what chpasswd(8) surely takes
 PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+ACCOUNT_PROGRAMS = (
+    *("useradd", "usermod", "userdel", "groupadd", "groupdel", "gpasswd", "chpasswd"),
+    *("find", "rm", "ipcrm"),
+)
 
 MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
 ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
@@ -173,7 +179,7 @@ CERTIFICATE_DAYS = 397  # browsers refuse much longer ones
 CERTIFICATE_WARNING_DAYS = 14
 
 # -------------------------------------------------------------------------------------
-# Errors
+# Errors and words for people
 # -------------------------------------------------------------------------------------
 
 
@@ -181,6 +187,12 @@ class Error(Exception):
     """Something that can be foreseen went wrong; the message says what to do."""
 
     exit_status = 1
+
+
+class Interrupted(Error):
+    """The teacher ended it before it had done anything that stays."""
+
+    exit_status = 130
 
 
 class UsageError(Error):
@@ -200,6 +212,34 @@ def explain(error: Exception) -> str:
         return str(error) or type(error).__name__
     name = f": {error.filename!r}" if error.filename is not None else ""
     return f"{error.strerror or error}{name}"
+
+
+def say(text: str) -> None:
+    """Print a line for the teacher, above the status line if there is one."""
+    with contextlib.suppress(OSError):
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            tqdm.write(text)
+        else:
+            print(text)
+    leave_closed_output()
+
+
+def leave_closed_output() -> None:
+    """Write to nowhere from now on where a terminal or the reader of a pipe is gone."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            null_fd = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_fd, stream.fileno())
+            os.close(null_fd)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun in the right form."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 # -------------------------------------------------------------------------------------
@@ -378,23 +418,41 @@ def read_ini(path: Path) -> configparser.ConfigParser:
 
     Raises: UsageError for a file that is not there, not text or not an INI file.
     """
-    parser = configparser.ConfigParser(
-        interpolation=None, inline_comment_prefixes=(" #", " ;")
-    )
+    parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(path.read_text(encoding="utf-8-sig"), str(path))
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise UsageError(f"{path}: is not a text file")
+        parser.read_string(text, str(path))
     except FileNotFoundError:
         raise UsageError(
             f"{path}: there is no such file; name your configuration file, as in"
             " `notebooks.py setup course.cfg`, or go to the directory it is in"
         ) from None
+    except IsADirectoryError:
+        raise UsageError(f"{path}: is a directory; name the file in it") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except configparser.Error as error:
-        raise UsageError(f"{path}: is no INI file: {error.message}") from None
+        raise UsageError(f"{path}: {explain_ini(error)}") from None
     return parser
+
+
+def explain_ini(error: configparser.Error) -> str:
+    """Return what is wrong with an INI file, in a teacher's words."""
+    match error:
+        case configparser.DuplicateOptionError():
+            return f"line {error.lineno}: [{error.section}] has `{error.option}` twice"
+        case configparser.DuplicateSectionError():
+            return f"line {error.lineno}: the section [{error.section}] is there twice"
+        case configparser.MissingSectionHeaderError():
+            return f"line {error.lineno}: begin with a section, such as [Setup]"
+        case configparser.ParsingError():
+            lines = ", ".join(str(number) for number, _ in error.errors)
+            return f"line {lines}: is neither `key = value` nor a [Section]"
+    return error.message
 
 
 def unknown_keys(parser: configparser.ConfigParser) -> Iterator[str]:
@@ -426,7 +484,11 @@ def read_config(path: Path, problems: list[str]) -> Config:
     values: dict[str, Any] = {"path": path.absolute()}
     for section, key, parse, default in OPTIONS:
         text = parser.get(section, key, fallback=default).strip()
+        if parse is not parse_text:  # a title may be `Physics #1`
+            text = re.sub(r"(^|\s+)[#;].*", "", text)
         try:
+            if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+                raise ValueError("must be without quotation marks")
             value = parse(text)
         except ValueError as error:
             problems.append(f"{path}: [{section}] {key} = {text}: {error}")
@@ -434,7 +496,29 @@ def read_config(path: Path, problems: list[str]) -> Config:
         if isinstance(value, Path) and parse in (parse_path, parse_optional_path):
             value = Path(os.path.normpath(base / value))
         values[key] = value
-    return Config(**values)
+    config = Config(**values)
+    problems += [f"{path}: {problem}" for problem in contradictions(config)]
+    return config
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Yield what is wrong with several keys together, or with what they name."""
+    if config.key_file and not config.cert_file:
+        yield "[Launch] key_file: is of no use without cert_file"
+    material = os.path.realpath(config.material_dir)
+    private = [config.path, config.user_list, config.storage_dir]
+    for path in (*private, config.cert_file, config.key_file):
+        if path and Path(os.path.realpath(path)).is_relative_to(material):
+            yield (
+                f"[Setup] material_dir = {config.material_dir}: {path} lies in it,"
+                " which is not for students; make a directory with the material alone"
+            )
+    with contextlib.suppress(KeyError):
+        if config.group and grp.getgrnam(config.group).gr_gid < first_group_id():
+            yield (
+                f"[Setup] group = {config.group}: is a group of the system, with rights"
+                " that are not for students; choose a name of your own"
+            )
 
 
 # -------------------------------------------------------------------------------------
@@ -482,6 +566,7 @@ class StudentList:
         """Read and check the file; what is wrong with it is added to `problems`."""
         self.path = Path(os.path.realpath(path))
         self.lock_fd = -1
+        self.changes: dict[str, dict[str, str]] = {}
         self.load()
         problems += [f"{self.path}: {problem}" for problem in self.check()]
 
@@ -496,6 +581,11 @@ class StudentList:
             raise UsageError(
                 f"{self.path}: the list of students cannot be read: {error.strerror}"
             ) from None
+        self.data = data
+        if data.startswith(b"PK\3\4"):
+            raise UsageError(
+                f"{self.path}: is a workbook; save it as CSV, and name that"
+            )
         self.mark, self.encoding = detect_encoding(data)
         try:
             text = data.removeprefix(self.mark).decode(self.encoding)
@@ -513,10 +603,10 @@ class StudentList:
     def check(self) -> Iterator[str]:
         """Yield what is wrong, with line numbers."""
         if "username" not in self.header:
+            found = ", ".join(f"`{printable(name)}`" for name in self.header)
             yield (
-                "line 1: the header has no column `username`, only "
-                + ", ".join(f"`{name}`" for name in self.header)
-                + "; columns are separated by commas, semicolons or tabs"
+                "line 1: must name the columns, such as username,name,surname, with"
+                f" commas, semicolons or tabs between; found {found}, no `username`"
             )
             return
         for name in COLUMNS:
@@ -526,8 +616,11 @@ class StudentList:
         for record in self.rows:
             student = self.student(record)
             where = f"line {student.line}"
-            if len(record.cells) > len(self.header):
-                yield f"{where}: has more cells than the header has columns"
+            if any(map(unquote, record.cells[len(self.header) :])):
+                yield (
+                    f"{where}: has more cells than the header has columns; put text"
+                    " that contains the separator in quotation marks"
+                )
             for problem in student_problems(student):
                 yield f"{where}: {problem}"
             first = first_lines.setdefault(student.username, student.line)
@@ -548,6 +641,7 @@ class StudentList:
 
     def update(self, username: str, **values: str) -> None:
         """Set cells of a student's row (sys_pass for the column `sys-pass`)."""
+        self.changes.setdefault(username, {}).update(values)
         record = self.by_name[username]
         for key, value in values.items():
             name = key.replace("_", "-")
@@ -567,6 +661,16 @@ class StudentList:
         """Clear what only counts as long as there is an account, and save that."""
         self.update(username, sys_pass="", nb_pass="", port="")
         self.save()
+
+    def check_writable(self) -> None:
+        """Raises: UsageError if the list could not be written when it has to be."""
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.path.parent):
+                pass
+        except OSError as error:
+            raise UsageError(
+                f"{self.path}: cannot be written: {error.strerror}; nothing was done"
+            ) from None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -591,29 +695,49 @@ class StudentList:
         The file is whole at any time; it gets mode 0600, since it holds passwords, and
         keeps its owner.
         """
+        if self.path.read_bytes() != self.data:
+            log.warning(
+                "%s was changed meanwhile: what is new there is kept", self.path
+            )
+            changes = self.changes
+            self.load()
+            for username, values in changes.items():
+                if username in self:
+                    self.update(username, **values)
         text = "".join(
             self.delimiter.join(record.cells) + record.end for record in self.records
         )
         data = self.mark + text.encode(self.encoding)
         info = self.path.stat()
-        if data == self.path.read_bytes() and stat.S_IMODE(info.st_mode) == 0o600:
+        if data == self.data and stat.S_IMODE(info.st_mode) == 0o600:
             return
-        fd, temporary = tempfile.mkstemp(prefix=".students-", dir=self.path.parent)
+        fd = replace_file(self.path, data, info.st_uid, info.st_gid)
+        os.close(self.lock_fd)
+        self.lock_fd, self.data = fd, data
+
+
+def replace_file(path: Path, data: bytes, uid: int, gid: int) -> int:
+    """Replace a file by a private one (mode 0600); there is always a whole one.
+
+    Returns: a descriptor of it, which holds its lock.
+    """
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            os.fchown(fd, info.st_uid, info.st_gid)
+            os.fchown(fd, uid, gid)
             with open(fd, "wb", closefd=False) as file:
                 file.write(data)
             os.fsync(fd)
-            os.rename(temporary, self.path)
-        except BaseException as error:
+            os.rename(temporary, path)
+        except BaseException:
             os.close(fd)
             os.unlink(temporary)
-            if isinstance(error, OSError):
-                error.filename = str(self.path)
             raise
-        os.close(self.lock_fd)
-        self.lock_fd = fd
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    return fd
 
 
 def detect_encoding(data: bytes) -> tuple[bytes, str]:
@@ -692,11 +816,13 @@ def student_problems(student: Student) -> Iterator[str]:
     elif not USERNAME.fullmatch(username):
         yield (
             f"{username!r} cannot be a username: use at most 32 lower-case letters,"
-            " digits, - _ and . that begin with a letter"
+            " digits, - _ and . that begin with a letter or _"
         )
     elif not is_ordinary(username):
         yield f"{username!r} is a system account and cannot be a student"
     for column, text in (("sys-pass", student.sys_pass), ("nb-pass", student.nb_pass)):
+        if len(text) > MAX_PASSWORD_LENGTH:
+            yield f"the {column} is longer than {MAX_PASSWORD_LENGTH} characters"
         if any(not character.isprintable() for character in text):
             yield f"the {column} has a line break or another unprintable character"
     if student.port and not re.fullmatch(r"[0-9]{1,5}", student.port):
@@ -739,6 +865,13 @@ def uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
+def check_programs() -> None:
+    """Refuse to begin what a missing program would leave half done."""
+    for name in ACCOUNT_PROGRAMS:
+        if not shutil.which(name, path=PROGRAM_PATH):
+            raise UsageError(f"the program {name} is not installed on this machine")
+
+
 def run_program(argv: Sequence[str], text: str = "") -> str:
     """Run a program of the system's and return what it printed on standard output.
 
@@ -762,6 +895,7 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
             env=environment,
             cwd="/",
             start_new_session=True,
+            restore_signals=False,  # a useradd must not die of SIGPIPE if we are killed
         )
     if done.returncode:
         words = done.stderr.strip() or f"exit status {done.returncode}"
@@ -802,6 +936,10 @@ def read_login_defs(key: str, default: int) -> int:
             if words[:1] == [key]:
                 return int(words[1], 0)
     return default
+
+
+def first_group_id() -> int:
+    return read_login_defs("GID_MIN", 1000)
 
 
 def find_account(username: str) -> pwd.struct_passwd | None:
@@ -953,7 +1091,7 @@ def remove_account(account: pwd.struct_passwd) -> None:
     delete("rm", "-rf", "--one-file-system", "--", str(runtime_dir))
     clear_empty_runtime_dir()
     home = []
-    if os.path.lexists(account.pw_dir):
+    if is_home_of(account) and not os.path.islink(account.pw_dir):
         home = ["--remove"]
         # userdel cannot remove directories that are nested a thousand deep.
         delete("find", account.pw_dir, "-xdev", "-mindepth", "1", "-delete")
@@ -962,6 +1100,10 @@ def remove_account(account: pwd.struct_passwd) -> None:
     except Error:  # unless a remove that was killed had just called it
         if find_account(account.pw_name):
             raise
+    if os.path.lexists(account.pw_dir):
+        raise Error(
+            f"the account is gone, but {account.pw_dir} was not theirs and stays"
+        )
 
 
 def delete_public_files(uids: Collection[int]) -> None:
@@ -1005,7 +1147,7 @@ def remove_empty_group(group: str) -> bool:
     except KeyError:
         return False
     primary = any(account.pw_gid == entry.gr_gid for account in pwd.getpwall())
-    if entry.gr_mem or primary or entry.gr_gid < read_login_defs("GID_MIN", 1000):
+    if entry.gr_mem or primary or entry.gr_gid < first_group_id():
         return False
     run_program(["groupdel", "--", group])
     return True
@@ -1104,8 +1246,7 @@ def check_reachable() -> None:
         raise UsageError(
             f"students cannot execute {sys.executable}: {step} is closed to them;"
             " install notebooks.py where everyone may read, as `sudo make install` does"
-            " (into /opt/notebooks), or open that directory with"
-            f" `chmod a+rx {shlex.quote(step)}`"
+            " (into /opt/notebooks), and run that"
         )
 
 
@@ -1366,25 +1507,27 @@ def for_each_student(
 def spawn_worker(function: Callable[[Student], Any], student: Student) -> Worker:
     """Fork a worker; it holds nothing else that is open, above all no lock."""
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        os.close(write_fd)
-        return Worker(student, pid, read_fd)
-    try:
-        close_all_but({0, 1, 2, write_fd})
-        send_result(function, student, write_fd)
-    except BaseException as error:
-        if not isinstance(error, KeyboardInterrupt):
+    with uninterrupted():
+        pid = os.fork()
+        if pid:
+            os.close(write_fd)
+            return Worker(student, pid, read_fd)
+        status = 1
+        try:
+            close_all_but({0, 1, 2, write_fd})
+            send_result(function, student, write_fd)
+            status = 0
+        except Exception:
             traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+        finally:
+            os._exit(status)
 
 
 def send_result(function: Callable[[Student], Any], student: Student, fd: int) -> None:
     """Write what the function returns, and until then a sign of life each second.
 
-    Runs as: root, in a child. Ctrl-C and SIGTERM end it after its cleaning up.
+    Runs as: root, in a child, with Ctrl-C and SIGTERM still held back; they end it
+    after its cleaning up.
     """
 
     def handle_sigterm(*_: object) -> NoReturn:
@@ -1394,6 +1537,7 @@ def send_result(function: Callable[[Student], Any], student: Student, fd: int) -
     signal.signal(signal.SIGINT, handle_sigterm)
     signal.signal(signal.SIGALRM, lambda *_: os.write(fd, HEARTBEAT))
     signal.setitimer(signal.ITIMER_REAL, HEARTBEAT_SECONDS, HEARTBEAT_SECONDS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         result = function(student)
     except (Error, OSError) as error:
@@ -1432,7 +1576,7 @@ class CopyReport:
     unchanged: int = 0
     skipped: int = 0
     backups: int = 0
-    over_limit: int = 0
+    over_limit: str = ""
     copied_bytes: int = 0
     failed: int = 0
     first_failure: str = ""
@@ -1454,7 +1598,9 @@ class CopyReport:
         if self.failed:
             problems.append(f"{self.failed} not copied, first {self.first_failure}")
         if self.over_limit:
-            problems.append(f"{self.over_limit} left out, over the limit")
+            problems.append(
+                f"more than retrieve_limit: {self.over_limit!r} is left out"
+            )
         return "; ".join(problems)
 
     def __str__(self) -> str:
@@ -1592,6 +1738,10 @@ class TreeCopy:
         self.limit -= size
         return True
 
+    def leave_out(self, path: Path) -> None:
+        """Remember the first path that is over the limit."""
+        self.report.over_limit = self.report.over_limit or str(path)
+
     def copy_directory(self, source_fd: int, destination_fd: int, path: Path) -> None:
         if destination_fd >= 0 and not self.dry_run:
             self.remove_parts(destination_fd)
@@ -1601,7 +1751,7 @@ class TreeCopy:
                 if is_part or not self.wanted(path / entry.name):
                     continue
                 if not self.charge(ENTRY_BYTES):
-                    self.report.over_limit += 1
+                    self.leave_out(path / "...")
                     return
                 try:
                     self.copy_entry(entry, source_fd, destination_fd, path)
@@ -1639,7 +1789,7 @@ class TreeCopy:
             elif not stat.S_ISREG(info.st_mode):
                 self.report.skipped += 1
             elif not self.charge(max(info.st_size - ENTRY_BYTES, 0)):
-                self.report.over_limit += 1
+                self.leave_out(path / entry.name)
             else:
                 self.copy_file(entry.name, info, fd, destination_fd)
         finally:
@@ -1780,19 +1930,37 @@ def is_profile_file(path: Path) -> bool:
 
 
 def ensure_home(account: pwd.struct_passwd) -> None:
-    """Make the home of an account of ours, private from its first moment.
+    """Make the home of an account of ours, private and whole from its first moment.
 
     A home that exists is left as it is. Source: useradd(8), the skeleton directory.
+
+    Raises: Error if that is somebody else's.
     """
-    if not is_ours(account) or os.path.lexists(account.pw_dir):
+    home = Path(account.pw_dir)
+    if not is_ours(account):
         return
-    os.mkdir(account.pw_dir, 0o700)
-    os.chown(account.pw_dir, account.pw_uid, account.pw_gid)
-    if os.path.isdir("/etc/skel"):
-        root, student = Identity(0, 0, (0,)), identity_of(account)
-        source_fd = open_directory(Path("/etc/skel"), (), root)
-        destination_fd = open_directory(Path(account.pw_dir), (), student)
-        TreeCopy(root, student).run(source_fd, destination_fd)
+    if not is_home_of(account):
+        if os.path.lexists(home):
+            raise Error(f"{home} is not theirs; move it away, and run setup again")
+        unfinished = home.with_name(f".{home.name}-new")
+        delete("rm", "-rf", "--", str(unfinished))
+        unfinished.mkdir(mode=0o700)
+        os.chown(unfinished, account.pw_uid, account.pw_gid)
+        if os.path.isdir("/etc/skel"):
+            root, student = Identity(0, 0, (0,)), identity_of(account)
+            source_fd = open_directory(Path("/etc/skel"), (), root)
+            destination_fd = open_directory(unfinished, (), student)
+            TreeCopy(root, student).run(source_fd, destination_fd)
+        unfinished.rename(home)
+
+
+def is_home_of(account: pwd.struct_passwd) -> bool:
+    """Say whether an account's home is there, a directory, and theirs."""
+    try:
+        info = os.stat(account.pw_dir)  # in a directory of root's: a link is root's
+    except OSError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == account.pw_uid
 
 
 def profile_dir(profile: str) -> Path:
@@ -1963,12 +2131,7 @@ def make_certificate(path: Path, names: Sequence[str]) -> None:
             + ["-addext", "extendedKeyUsage=serverAuth"]
             + ["-keyout", str(key), "-out", str(cert)]
         )
-        fd, temporary = tempfile.mkstemp(prefix=".certificate-", dir=path.parent)
-        with open(fd, "w") as file:
-            file.write(cert.read_text() + key.read_text())
-            file.flush()
-            os.fsync(fd)
-        os.rename(temporary, path)
+        os.close(replace_file(path, cert.read_bytes() + key.read_bytes(), 0, 0))
 
 
 def ensure_certificate(config: Config) -> Certificate:
@@ -1995,12 +2158,19 @@ def ensure_certificate(config: Config) -> Certificate:
     names = host_names(config)
     if not path.exists():
         make_certificate(path, names)
-    certificate.context()
+    try:
+        certificate.context()
+    except UsageError as error:
+        raise UsageError(f"{error}; delete it, and a new one is made") from None
     known = {name.replace("IP Address:", "IP:") for name in certificate.names()}
     known = {normal_name(name) for name in known}
     missing = [name for name in names if name not in known]
     if missing or not certificate.valid_for(CERTIFICATE_WARNING_DAYS):
-        log.warning("%s: made anew for %s", path, ", ".join(missing) or "its age")
+        reason = ", ".join(missing) or "its age"
+        log.warning(
+            "%s: made anew for %s; notebooks that run keep the old one until shutdown",
+            *(path, reason),
+        )
         make_certificate(path, names)
     return certificate
 
@@ -2190,9 +2360,14 @@ def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
             "cull_inactive_timeout": request.idle_seconds,
             "cull_interval": CULL_SECONDS,
         },
-        # A database in the home could be any that SQLite reads, with SQL that is run;
-        # and to find the directory, nbformat executes the configuration in the home.
-        NotebookNotary={"data_dir": str(config_dir), "db_file": ":memory:"},
+        # Which notebooks are trusted is only remembered while the server runs: SQLite
+        # would run what a database in the home says, and to find the directory
+        # nbformat executes the configuration there.
+        NotebookNotary={
+            "data_dir": "",
+            "db_file": ":memory:",
+            "secret": secrets.token_bytes(64),
+        },
         LabApp={**lab, "extension_manager": "readonly", "news_url": None},
         JupyterNotebookApp=lab,
         LabServerApp=lab,
@@ -2487,7 +2662,8 @@ def run_template(channel: socket.socket) -> None:
     signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     preload()
-    send_message(channel, {"ready": True})
+    with contextlib.suppress(OSError):  # the launcher is gone: seen below
+        send_message(channel, {"ready": True})
     while True:
         ready, _, _ = select.select([channel.fileno(), wakeup_read], [], [])
         if wakeup_read in ready:
@@ -2595,6 +2771,8 @@ def load_course(path: Path, yes: bool) -> Course:
         students = StudentList(config.user_list, problems)
     except UsageError as error:
         raise UsageError("\n".join([*problems, str(error)])) from None
+    if config.group in students:
+        problems.append(f"{path}: [Setup] group = {config.group}: is a student's name")
     if problems:
         raise UsageError("\n".join(problems))
     if not students.students:
@@ -2623,7 +2801,7 @@ class Outcome:
 
     def done(self, username: str, text: str) -> None:
         if not sys.stdout.isatty() or log.isEnabledFor(logging.INFO):
-            print(f"{username}: {text}", flush=True)
+            say(f"{username}: {text}")
 
     def failed(self, username: str, reason: str) -> None:
         self.failures[username] = reason
@@ -2634,19 +2812,33 @@ class Outcome:
             log.error("%s: %s", username, reason)
         if self.failures:
             text += f" {len(self.failures)} failed: {', '.join(self.failures)}."
-        print(text, flush=True)
+        say(text)
         return 1 if self.failures else 0
 
 
-def with_accounts(students: Iterable[Student], outcome: Outcome) -> list[Student]:
+def with_accounts(course: "Course", outcome: Outcome) -> list[Student]:
     """Return the students who have an account; the others fail."""
     present = []
-    for student in students:
+    for student in course.students.students:
         if find_account(student.username):
             present.append(student)
         else:
             outcome.failed(student.username, "has no account; run setup first")
     return present
+
+
+def warn_of_strays(course: "Course") -> None:
+    """Name members of the group who have an account of ours, but no row."""
+    with contextlib.suppress(KeyError):
+        members = grp.getgrnam(course.config.group).gr_mem
+        accounts = map(find_account, sorted(set(members)))
+        for account in accounts:
+            if account and is_ours(account) and account.pw_name not in course.students:
+                log.warning(
+                    "%s has an account that setup made, but no row in %s; to remove it,"
+                    " put the row back",
+                    *(account.pw_name, course.students.path),
+                )
 
 
 # -------------------------------------------------------------------------------------
@@ -2736,7 +2928,7 @@ def reload_launcher(port: int) -> None:
     launcher = find_launcher(port)
     if launcher:
         signal_process(launcher, 0, signal.SIGHUP)
-        print(f"The launch that runs (pid {launcher}) has been told.")
+        say(f"The launch that runs (pid {launcher}) has been told.")
 
 
 def take_listener(
@@ -2825,10 +3017,9 @@ def open_servers(
     """
     servers = []
     with course.students.locked():
-        students = course.students.students
-        ports = assign_ports(students, course.config.port)
+        ports = assign_ports(course.students.students, course.config.port)
         listeners = find_listeners()
-        for student in with_accounts(students, outcome):
+        for student in with_accounts(course, outcome):
             try:
                 server = known.get(student.username) or open_server(
                     student, ports, course.config.port, listeners
@@ -3077,6 +3268,7 @@ class Launcher:
         self.base_listener = base_listener
         self.servers = {server.username: server for server in servers}
         self.pids: dict[int, str] = {}
+        self.announced = False
         self.starting = asyncio.Semaphore(os.cpu_count() or 1)
         self.template = Helper("template", lambda: None, self.handle_exit_report)
         self.web = Helper("webserver", self.brief_webserver, lambda _: None)
@@ -3103,8 +3295,11 @@ class Launcher:
         if work[0].done():
             work[0].result()  # raises what went wrong in it
         await self.end([*work, *ends])
-        failed = any(server.state == "failed" for server in self.servers.values())
-        return 0 if stop.is_set() and not failed else 1
+        if not stop.is_set():
+            return 1
+        if not self.announced:
+            return Interrupted.exit_status
+        return 1 if self.count("failed") else 0
 
     async def end(self, tasks: Sequence["asyncio.Task[Any]"]) -> None:
         """End everything but the notebook servers."""
@@ -3117,7 +3312,8 @@ class Launcher:
             helper.stop()
         for helper in (self.web, self.template):
             helper.reap(deadline)
-        say(f"The web page has ended; {self.count('running')} notebook servers run on.")
+        running = counted(self.count("running"), "notebook server")
+        say(f"The web page has ended; {running} run on.")
 
     async def start_all(self, reload: asyncio.Event) -> None:
         """Start what has to run from the beginning, tell the teacher, then reload."""
@@ -3128,6 +3324,7 @@ class Launcher:
         await asyncio.gather(*(server.settled.wait() for server in servers))
         for line in self.summary():
             say(line)
+        self.announced = True
         while True:
             await reload.wait()
             reload.clear()
@@ -3250,6 +3447,8 @@ class Launcher:
             or is_closed(server.username)
         ):
             raise Error("the account does not exist, or is closed; run setup")
+        if not os.path.isdir(account.pw_dir):
+            raise Error(f"{account.pw_dir} is missing; run setup")
         ensure_runtime_dir(account)
         request = server_request(self.config, self.certificate, server)
         pid, pid_fd, terminal_fd = await self.fork_server(server.listener, request)
@@ -3352,7 +3551,7 @@ class Launcher:
             self.web.restart()
         else:
             self.brief_webserver()
-        say(f"Reloaded: {len(new)} students came, {gone} left.")
+        say(f"Reloaded: {counted(len(new), 'student')} came, {gone} left.")
 
     async def close_servers(self, servers: Sequence[Server]) -> None:
         """Give up the ports of students who left, and end what they run."""
@@ -3365,29 +3564,6 @@ class Launcher:
                 os.close(server.pid_fd)
             server.listener.close()
         await asyncio.to_thread(stop_jupyter, [server.uid for server in servers])
-
-
-def say(text: str) -> None:
-    """Print a line for the teacher, above the status line if there is one."""
-    with contextlib.suppress(OSError):
-        if sys.stdout.isatty():
-            from tqdm import tqdm
-
-            tqdm.write(text)
-        else:
-            print(text)
-    leave_closed_output()
-
-
-def leave_closed_output() -> None:
-    """Write to nowhere from now on where a terminal or the reader of a pipe is gone."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            null_fd = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null_fd, stream.fileno())
-            os.close(null_fd)
 
 
 def visible_address(config: Config) -> str:
@@ -3631,7 +3807,8 @@ async def serve_web_page(
 
     listener.setblocking(False)
     FirstByteServer().add_socket(listener)
-    send_message(channel, {"ready": True})
+    with contextlib.suppress(OSError):  # the launcher is gone: seen below
+        send_message(channel, {"ready": True})
     await follow_launcher(channel, site)
 
 
@@ -3657,7 +3834,10 @@ def run_webserver(channel: socket.socket) -> None:
     setproctitle.setproctitle(WEBSERVER_TITLE)
     logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
     allow_all_descriptors()
-    message, (fd,) = receive_message(channel)
+    try:
+        message, (fd,) = receive_message(channel)
+    except EOFError:
+        return
     certificate = Certificate(Path(message["cert_file"]), Path(message["key_file"]))
     context = certificate.context()
     nobody = pwd.getpwnam("nobody")
@@ -3677,47 +3857,61 @@ def command_setup(course: Course) -> int:
     yet can be seen: a setup that was interrupted anywhere is finished by the next one.
     """
     check_reachable()
+    check_programs()
     config, students = course.config, course.students
+    students.check_writable()
+    warn_of_strays(course)
     if config.profile and not profile_dir(config.profile).is_dir():
         log.warning("there is no %s to copy", profile_dir(config.profile))
     outcome = Outcome()
     counts = {"new": 0, "adopted": 0, "kept": 0}
     with students.locked():
-        prepare_passwords(config, students)
+        renewed = prepare_passwords(config, students)
         if config.group:
             ensure_group(config.group)
-        todo = students.students
-        done = {}
-        try:
-            for student in progress(todo, len(todo), "setup"):
-                try:
-                    done[student] = ensure_account(student, config.group)
-                except (Error, OSError) as error:
-                    outcome.failed(student.username, explain(error))
-        finally:
-            with uninterrupted():
-                set_missing_passwords(todo)
+        done = ensure_accounts(config, students.students, outcome)
         furnish = functools.partial(furnish_home, config)
-        for student, result in for_each_student(furnish, done):
+        results = for_each_student(furnish, done)
+        for student, result in progress(results, len(done), "homes"):
             if isinstance(result, Error):
                 outcome.failed(student.username, str(result))
             else:
                 counts[done[student]] += 1
                 outcome.done(student.username, done[student])
+        students.save()  # if it was changed meanwhile, the passwords are not lost
     reload_launcher(config.port)
+    passwords = f"; {renewed} got new system passwords" if renewed else ""
     return outcome.finish(
-        f"{counts['new']} accounts made, {counts['adopted']} adopted, {counts['kept']}"
-        f" kept. The passwords are in {students.path}."
+        f"{counted(counts['new'], 'account')} made, {counts['adopted']} adopted,"
+        f" {counts['kept']} kept{passwords}. The passwords are in {students.path}."
     )
 
 
-def prepare_passwords(config: Config, students: StudentList) -> None:
+def ensure_accounts(
+    config: Config, students: Sequence[Student], outcome: Outcome
+) -> dict[Student, str]:
+    """Make the accounts, with passwords; return what was done for whom."""
+    done = {}
+    try:
+        for student in progress(students, len(students), "accounts"):
+            try:
+                done[student] = ensure_account(student, config.group)
+            except (Error, OSError) as error:
+                outcome.failed(student.username, explain(error))
+    finally:
+        with uninterrupted():
+            set_missing_passwords(students)
+    return done
+
+
+def prepare_passwords(config: Config, students: StudentList) -> int:
     """Fill the empty password cells of the list and save it.
 
     An account of ours whose system password is not in the list any more loses it, so
-    that it gets the new one.
+    that it gets the new one. Returns: how many did.
     """
     make = functools.partial(make_password, config.password_length)
+    renewed = 0
     for student in students.students:
         account = find_account(student.username)
         if not student.nb_pass:
@@ -3725,8 +3919,10 @@ def prepare_passwords(config: Config, students: StudentList) -> None:
         if not student.sys_pass and (account is None or is_ours(account)):
             if account:
                 run_program(["usermod", "--password", "!", "--", student.username])
+                renewed += 1
             students.update(student.username, sys_pass=make())
     students.save()
+    return renewed
 
 
 def furnish_home(config: Config, student: Student) -> None:
@@ -3765,7 +3961,7 @@ def command_send(course: Course) -> int:
             open_directory(config.material_dir, (), identity_of(invoking_account()))
         )
     except Error as error:
-        raise UsageError(f"material_dir: {error}") from None
+        raise UsageError(f"{config.path}: [Setup] material_dir: {error}") from None
     return copy_for_all(course, "send", functools.partial(send_to, config))
 
 
@@ -3780,6 +3976,9 @@ def retrieve_from(
     account = pwd.getpwnam(student.username)
     owner = identity_of(storage_owner(config))
     reader = identity_of(account)
+    tutorial_dir = Path(account.pw_dir, config.tutorial_dir)
+    if config.storage_dir.is_relative_to(tutorial_dir):
+        raise Error("storage_dir lies in what is to be retrieved; set another")
     source_fd = open_directory(Path(account.pw_dir), config.tutorial_dir.parts, reader)
     destination_fd = -1
     try:
@@ -3804,8 +4003,8 @@ def command_retrieve(course: Course) -> int:
             config.storage_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"storage_dir: {config.storage_dir} cannot be made by its owner"
-            f" {owner.pw_name}: {error.strerror}"
+            f"{config.path}: [Shutdown] storage_dir: {config.storage_dir} cannot be"
+            f" made by its owner {owner.pw_name}: {error.strerror}"
         ) from None
     return copy_for_all(course, "retrieve", functools.partial(retrieve_from, config))
 
@@ -3817,7 +4016,11 @@ def copy_for_all(
     outcome = Outcome()
     total = CopyReport()
     with course.students.locked():
-        students = with_accounts(course.students.students, outcome)
+        students = with_accounts(course, outcome)
+        if not students:
+            raise UsageError(
+                f"{course.students.path}: nobody has an account; run setup"
+            )
         results = for_each_student(copy, students)
         for student, result in progress(results, len(students), label):
             if isinstance(result, Error):
@@ -3828,7 +4031,8 @@ def copy_for_all(
                 outcome.failed(student.username, result.problem)
             total.add(result)
     return outcome.finish(
-        f"{len(students)} students: {total}; {format_bytes(total.copied_bytes)} copied."
+        f"{counted(len(students), 'student')}: {total};"
+        f" {format_bytes(total.copied_bytes)} copied."
     )
 
 
@@ -3843,19 +4047,14 @@ def command_launch(course: Course) -> int:
         log.setLevel(min(log.level, logging.INFO))  # a line per event
     check_reachable()
     config, students = course.config, course.students
-    if not any(find_account(student.username) for student in students.students):
-        raise UsageError(f"{students.path}: nobody in it has an account; run setup")
+    if not any(x.nb_pass and find_account(x.username) for x in students.students):
+        raise UsageError(
+            f"{students.path}: nobody has an account and a password; run setup"
+        )
     if config.port + len(students.students) > 65535:
         raise UsageError(f"{config.path}: [Launch] port: too few ports are above it")
     certificate = ensure_certificate(config)
-    try:
-        base_listener = bind_port(config.port)
-    except OSError as error:
-        holder = describe_holder(find_listeners(), config.port)
-        raise UsageError(
-            f"port {config.port}: {error.strerror}: {holder};"
-            " end that, or set another `port`"
-        ) from None
+    base_listener = bind_base_port(config.port)
     outcome = Outcome()
     servers = open_servers(course, outcome, {})
     for username, reason in outcome.failures.items():
@@ -3865,8 +4064,30 @@ def command_launch(course: Course) -> int:
     return 1 if outcome.failures else status
 
 
+def bind_base_port(port: int) -> socket.socket:
+    """Return the listening socket of the web page.
+
+    Raises: UsageError that names who holds the port.
+    """
+    try:
+        return bind_port(port)
+    except OSError as error:
+        launcher = find_launcher(port)
+        if launcher:
+            raise UsageError(
+                f"launch runs already (pid {launcher}); end that, or leave it: `setup`"
+                " brings new students into it"
+            ) from None
+        holder = describe_holder(find_listeners(), port)
+        reason = os.strerror(error.errno or 0)
+        raise UsageError(
+            f"port {port}: {reason}: {holder}; end that, or set another `port`"
+        ) from None
+
+
 def command_shutdown(course: Course) -> int:
     """End the notebook servers, kernels and terminals of all students at once."""
+    warn_of_strays(course)
     outcome = Outcome()
     students = [x for x in course.students.students if find_account(x.username)]
     uids = {x.username: pwd.getpwnam(x.username).pw_uid for x in students}
@@ -3886,41 +4107,45 @@ def command_shutdown(course: Course) -> int:
             " end it with Ctrl-C or SIGTERM",
             launcher,
         )
-    return outcome.finish(f"The notebooks of {len(students)} students are shut down.")
+    return outcome.finish(
+        f"The notebooks of {counted(len(students), 'student')} are shut down."
+    )
 
 
 def command_remove(course: Course) -> int:
     """Delete the accounts that setup made, after asking."""
+    check_programs()
     config, students = course.config, course.students
+    students.check_writable()
+    warn_of_strays(course)
     outcome = Outcome()
     present = [x for x in students.students if find_account(x.username)]
     ours = [x for x in present if is_ours(pwd.getpwnam(x.username))]
     others = [x for x in present if x not in ours]
-    describe_removal(config, ours, others)
+    if present:
+        describe_removal(config, ours, others)
     if ours and not course.yes:
-        confirm(f"Delete {len(ours)} accounts and everything in their homes?")
+        accounts = counted(len(ours), "account")
+        confirm(f"Delete {accounts} and everything in their homes?")
     with students.locked():
         ended = end_accounts([x for x in ours if x.username in students], outcome)
         for student in progress(ended, len(ended), "remove"):
+            students.forget(student.username)
             try:
                 remove_account(pwd.getpwnam(student.username))
+                outcome.done(student.username, "account and home deleted")
             except (Error, OSError) as error:
                 outcome.failed(student.username, explain(error))
-                continue
-            students.forget(student.username)
-            outcome.done(student.username, "account and home deleted")
         for student in others:
             leave_group(student.username, config.group)
             students.update(student.username, nb_pass="", port="")
             outcome.done(student.username, "not made by setup; the account stays")
-        for student in students.students:
-            if not find_account(student.username):  # deleted by one that was killed
-                students.forget(student.username)
         students.save()
     reload_launcher(config.port)
     group = config.group and remove_empty_group(config.group)
     return outcome.finish(
-        f"{len(ours) - len(outcome.failures)} accounts deleted, {len(others)} left"
+        f"{counted(len(ours) - len(outcome.failures), 'account')} deleted,"
+        f" {len(others)} left"
         f"{f', group {config.group} deleted' if group else ''}."
     )
 
@@ -3953,15 +4178,16 @@ def describe_removal(
             if changed:
                 newer.append(student.username)
     total = format_bytes(sum(sizes.values()))
-    print(f"{len(students)} accounts that setup made, with {total}, will be deleted.")
+    accounts = counted(len(students), "account")
+    say(f"{accounts} that setup made, with {total}, will be deleted.")
     for other in others:
-        print(f"{other.username} was not made by setup: it only leaves the course.")
+        say(f"{other.username} was not made by setup: it only leaves the course.")
     names = {student.username for student in students}
     here = sorted({user.name for user in psutil.users()} & names)
     if here:
-        print(f"Logged in at this moment: {', '.join(here)}.")
+        say(f"Logged in at this moment: {', '.join(here)}.")
     if newer:
-        print(f"Work that was not retrieved: {', '.join(sorted(newer))}.", flush=True)
+        say(f"Work that was not retrieved: {', '.join(sorted(newer))}.")
 
 
 def look_at_home(config: Config, student: Student) -> tuple[int, bool]:
@@ -4008,7 +4234,11 @@ def confirm(question: str) -> None:
     try:
         answer = input(f"{question} [yes/no] ")
     except EOFError:
+        say("")
         answer = ""
+    except KeyboardInterrupt:
+        say("")
+        raise Interrupted("interrupted; nothing was deleted") from None
     if answer.strip().lower() not in ("y", "yes"):
         raise UsageError("nothing was deleted")
 
@@ -4044,7 +4274,10 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
-            name, help=command.text, description=command.run.__doc__
+            name,
+            help=command.text,
+            description=f"{command.text[0].upper()}{command.text[1:]}.",
+            epilog=f"Example: sudo notebooks.py {name} course.cfg",
         )
         sub.add_argument(
             "config",
@@ -4053,10 +4286,23 @@ def make_parser() -> argparse.ArgumentParser:
             default=Path("notebooks.cfg"),
             help="configuration file (%(default)s)",
         )
-        sub.add_argument("-v", "--verbose", action="count", default=0)
+        sub.add_argument(
+            "-v",
+            "--verbose",
+            action="count",
+            default=0,
+            help="say more; -vv also which programs are run",
+        )
         if name == "remove":
             sub.add_argument("--yes", action="store_true", help="do not ask")
     return parser
+
+
+def ensure_standard_streams() -> None:
+    """Open /dev/null in the place of those that were closed, as by `>&-`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4065,6 +4311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: all done; 1: some students failed; 2: nothing was changed; 130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    ensure_standard_streams()
     logging.basicConfig(format="notebooks.py: %(message)s", level=logging.WARNING)
     if len(arguments) == 2 and arguments[0] in ROLES and arguments[1].isdigit():
         ROLES[arguments[0]](socket.socket(fileno=int(arguments[1])))

@@ -238,9 +238,9 @@ def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "there is no such file"),
-        ("port = 1\n", "no INI file"),
-        ("[Launch]\nport\n", "no INI file"),
-        ("[Launch]\nport = 1\nport = 2\n", "no INI file"),
+        ("port = 1\n", "line 1: begin with a section"),
+        ("[Launch]\nport\n", "line 2: is neither"),
+        ("[Launch]\nport = 1\nport = 2\n", r"line 3: \[Launch\] has `port` twice"),
         ("[Launch]\nweb_title = Übung\n".encode("latin-1"), "not UTF-8"),
         ("[Launch]\n".encode("utf-16"), "not UTF-8"),
     ],
@@ -258,7 +258,7 @@ def test_a_file_that_cannot_be_read_is_refused(
 
 
 def test_a_directory_is_no_configuration_file(tmp_path: Path) -> None:
-    with pytest.raises(notebooks.UsageError, match=f"{tmp_path}: cannot be read"):
+    with pytest.raises(notebooks.UsageError, match=f"{tmp_path}: is a directory"):
         notebooks.read_config(tmp_path, [])
 
 

@@ -58,7 +58,7 @@ def test_setup_brings_a_late_student_into_a_launch_that_runs(
     course.write_students([*rows, {"username": late, "name": "Late"}])
     course.students.append(late)
     said = said_after(launch, lambda: course.check("setup"))
-    assert "Reloaded: 1 students came, 0 left." in said
+    assert "Reloaded: 1 student came, 0 left." in said
     wait_until(lambda: course.servers(late), 20, "the late student's server")
     course.notebook(late)
     assert int(course.rows()[late]["port"]) == course.port + 4
@@ -86,7 +86,7 @@ def test_a_student_who_left_the_list_loses_server_and_port(
     assert f'href="/{gone}"' not in landing_page(course)
     assert course.server(stays) == others
     course.write_students(rows.values())
-    assert "Reloaded: 1 students came, 0 left." in reload(launch)
+    assert "Reloaded: 1 student came, 0 left." in reload(launch)
     course.notebook(gone)
 
 

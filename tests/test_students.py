@@ -280,8 +280,8 @@ def test_all_unusable_rows_are_reported_with_their_lines(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("user,name\nzoe,Zoë\n", 1, "no column `username`, only `user`, `name`"),
-        ("zoe\nbo\n", 1, "no column `username`"),
+        ("user,name\nzoe,Zoë\n", 1, "found `user`, `name`, no `username`"),
+        ("zoe\nbo\n", 1, "no `username`"),
         ("username|name\nzoe|Zoë\n", 1, "commas, semicolons or tabs"),
         ("username,port,port\nzoe,,\n", 1, "more than one column `port`"),
         ("username,name\nzoe,Zoë,1\n", 2, "more cells than the header has columns"),
@@ -303,7 +303,7 @@ def test_a_problem_names_its_line(
     [
         (b"", "needs a header line"),
         (b" \r\n", "needs a header line"),
-        (b"PK\x03\x04\0\0username", "needs a header line"),
+        (b"PK\x03\x04\0\0username", "is a workbook; save it as CSV"),
         (b'username,name\nbo,"Bo\nzoe,Zo\n', "line 2: a quotation mark is not closed"),
         (b'username,name\nbo,"B"o\n', "line 2: a quotation mark"),
         (b"\xef\xbb\xbfusername,name\nzoe,Zo\xeb\n", "UTF-8"),
