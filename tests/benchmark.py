@@ -1,26 +1,36 @@
 """Measure what a notebook server per student costs, side by side, in one run.
 
-    make bench [STUDENTS="10 30"]
+    sudo make bench [STUDENTS="10 30"] [OURS="100 300"] [HERD=100]
 
-For each number of students: this project, and a plain `jupyter-notebook` for each
-student that is started by su(1), one after the other. It runs in the private mount
-namespace of the tests, with their accounts. A row says how many seconds it took until
-the last server answered its log-in page, and for each server the CPU time until then,
-its proportional set size (PSS: shared pages divided among those who share them) and its
-private memory; the rest is what everything else of the contender holds.
+The contenders: this project, with servers started at launch, and on demand; a plain
+`jupyter-notebook` for each student, started by su(1) one after the other; JupyterHub
+with its LocalProcessSpawner and configurable-http-proxy, all asked for at once, with
+time limits that let it finish. They run in the private mount namespace of the tests,
+with accounts of the tests, one contender after the other.
+
+A row says how many seconds it took until the last server answered, and for each server
+the CPU time until then, its proportional set size (PSS: shared pages are divided among
+those who share them) and its private memory, after two quiet seconds; the rest is the
+PSS of all other processes of the contender. Then, for this project: how long a first
+visitor waits on demand, log-ins a second, and a herd of students who come within ten
+seconds, log in and run a cell. The table and a plot are written into bench/.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
+import json
 import os
 import pwd
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +38,28 @@ import psutil
 
 import conftest
 import support
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+# Where `make bench` installs JupyterHub and its proxy.
+HUB_PREFIX = Path(os.environ.get("BENCH_PREFIX", "/opt/notebooks-bench"))
+HERD_SECONDS = 10.0  # within which the herd comes
+HUB_CONFIG = """
+c.JupyterHub.authenticator_class = "dummy"
+c.Authenticator.allow_all = True
+c.JupyterHub.spawner_class = "jupyterhub.spawner.LocalProcessSpawner"
+c.JupyterHub.bind_url = "http://127.0.0.1:{port}"
+c.JupyterHub.hub_port = {port} + 1
+c.ConfigurableHTTPProxy.api_url = "http://127.0.0.1:{port_2}"
+c.JupyterHub.cookie_secret_file = "{directory}/cookie_secret"
+c.JupyterHub.db_url = "sqlite:///{directory}/hub.sqlite"
+c.ConfigurableHTTPProxy.pid_file = "{directory}/proxy.pid"
+c.Spawner.default_url = "/tree"
+c.Spawner.start_timeout = c.Spawner.http_timeout = 600
+c.JupyterHub.services = [{{"name": "bench", "api_token": "{token}"}}]
+c.JupyterHub.load_roles = [{{"name": "bench", "services": ["bench"],
+    "scopes": ["admin:users", "admin:servers", "access:servers"]}}]
+c.JupyterHub.log_level = c.Spawner.log_level = "WARN"
+"""
 
 
 class Row(NamedTuple):
@@ -69,21 +101,23 @@ def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
     return sum(sum(process.cpu_times()[:4]) for process in processes)
 
 
-def wait_for_log_in(url: str) -> None:
+def wait_for_answer(url: str, statuses: tuple[int, ...] = (200,)) -> None:
     def answers() -> bool:
         with contextlib.suppress(OSError):
-            return support.fetch(f"{url}login").status == 200
+            return support.fetch(url).status in statuses
         return False
 
-    support.wait_until(answers, 120, f"an answer of {url}")
+    support.wait_until(answers, 600, f"an answer of {url}")
 
 
 def measure(
-    contender: str, course: support.Course, start: Callable[[], list[psutil.Process]]
+    contender: str,
+    course: support.Course,
+    start: Callable[[], list[psutil.Process]],
 ) -> Row:
-    """Start servers, wait for their log-in pages, and look at what they hold.
+    """Start servers, wait for their answers, and look at what they hold.
 
-    `start` returns the other processes of the contender. Their CPU time counts, too.
+    `start` returns the other processes of the contender.
     """
     begin = time.monotonic()
     others = start()
@@ -91,23 +125,34 @@ def measure(
     time.sleep(2)  # until it is quiet
     servers = course.processes()
     sizes = [memory(process) for process in servers]
+    number = len(course.students)
     return Row(
         contender,
-        len(course.students),
+        number,
         seconds,
-        cpu_seconds(servers) / len(course.students),
-        sum(pss for pss, _ in sizes) / len(course.students),
-        sum(private for _, private in sizes) / len(course.students),
+        cpu_seconds(servers) / number,
+        sum(pss for pss, _ in sizes) / number,
+        sum(private for _, private in sizes) / number,
         sum(memory(process)[0] for process in others),
     )
 
 
-def start_ours(course: support.Course, script: Path) -> list[psutil.Process]:
-    launch = course.launch(script=script).wait_ready()
-    for username in course.students:
-        wait_for_log_in(course.notebook_url(username))
+# ---------------------------------------------------------------------------------------
+# The contenders
+# ---------------------------------------------------------------------------------------
+
+
+def launch_processes(launch: support.Launch) -> list[psutil.Process]:
     launcher = psutil.Process(launch.pid)
     return [launcher, *launcher.children()]
+
+
+def start_ours(course: support.Course, script: Path) -> list[psutil.Process]:
+    launch = course.launch(script=script).wait_ready(300)
+    if course.settings.get("on_demand") != "yes":
+        for username in course.students:
+            wait_for_answer(f"{course.notebook_url(username)}login")
+    return launch_processes(launch)
 
 
 def start_plain(course: support.Course) -> list[psutil.Process]:
@@ -126,23 +171,175 @@ def start_plain(course: support.Course) -> list[psutil.Process]:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wait_for_log_in(f"http://localhost:{port}/{username}/")
+        wait_for_answer(f"http://localhost:{port}/{username}/login")
     return []
 
 
 @contextlib.contextmanager
-def made_course(students: int) -> Iterator[support.Course]:
+def running_hub(course: support.Course) -> Iterator[tuple[str, str, psutil.Process]]:
+    """Yield the address of a JupyterHub, a token of its API and its process."""
+    directory, token = course.directory, secrets.token_hex(16)
+    config = directory / "jupyterhub_config.py"
+    port = course.port
+    config.write_text(
+        HUB_CONFIG.format(port=port, port_2=port + 2, directory=directory, token=token)
+    )
+    environment = {
+        **support.ENVIRONMENT,
+        "PATH": f"{HUB_PREFIX}/bin:{support.ENVIRONMENT['PATH']}",
+    }
+    with (directory / "hub.log").open("wb") as log:
+        process = subprocess.Popen(
+            [HUB_PREFIX / "bin/jupyterhub", "--config", config],
+            env=environment,
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_for_answer(f"{url}/hub/health")
+        yield url, token, psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        support.kill_all(lambda: hub_processes(directory), "JupyterHub")
+        process.wait()
+
+
+def hub_processes(directory: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(directory) and process.uids().real == 0:
+                found.append(process)
+    return found
+
+
+def start_hub(
+    course: support.Course, url: str, token: str, hub: psutil.Process
+) -> list[psutil.Process]:
+    """Ask for all servers at once, and wait for the last."""
+    headers = {"Authorization": f"token {token}"}
+
+    def start(username: str) -> None:
+        api = f"{url}/hub/api/users/{username}"
+        support.fetch(api, "POST", "", headers)
+        support.fetch(f"{api}/server", "POST", "", headers, timeout=900)
+        wait_for_answer(f"{url}/user/{username}/api/status", (302, 403))
+
+        def is_ready() -> bool:
+            user = support.fetch(api, headers=headers).json
+            return bool(user["servers"].get("", {}).get("ready"))
+
+        support.wait_until(is_ready, 600, f"the server of {username}")
+
+    with ThreadPoolExecutor(len(course.students)) as pool:
+        list(pool.map(start, course.students))
+    return [hub, *(x for x in hub.children(True) if x.uids().real == 0)]
+
+
+# ---------------------------------------------------------------------------------------
+# What visitors notice
+# ---------------------------------------------------------------------------------------
+
+
+def first_visit_seconds(course: support.Course) -> list[float]:
+    """Return how long first visitors wait, one after the other, for a log-in page."""
+    waits = []
+    for username in course.students[:10]:
+        begin = time.monotonic()
+        wait_for_answer(f"{course.notebook_url(username)}login")
+        waits.append(time.monotonic() - begin)
+    return sorted(waits)
+
+
+def log_ins_per_second(course: support.Course) -> float:
+    with ThreadPoolExecutor(8) as pool:
+        begin = time.monotonic()
+        list(pool.map(course.notebook, course.students))
+        return len(course.students) / (time.monotonic() - begin)
+
+
+def herd_waits(course: support.Course) -> list[float]:
+    """Return how long each of a herd waited from the first visit to a cell's result."""
+    rows = course.rows()
+    context = course.context()
+
+    def come(number: int) -> float:
+        username = course.students[number]
+        time.sleep(HERD_SECONDS * number / len(course.students))
+        begin = time.monotonic()
+
+        def address() -> str:
+            page = support.fetch(
+                f"{course.url}{username}", context=context, timeout=300
+            )
+            return page.headers.get("Location", "") if page.status == 302 else ""
+
+        notebook = support.Notebook(
+            support.wait_until(address, 300, "the way to the notebook"), context
+        )
+        with notebook:
+            notebook.log_in(rows[username]["nb-pass"])
+            notebook.seconds = 300
+            assert notebook.execute("6 * 7") == "42"
+        return time.monotonic() - begin
+
+    threading.stack_size(1 << 18)
+    with ThreadPoolExecutor(len(course.students)) as pool:
+        return sorted(pool.map(come, range(len(course.students))))
+
+
+# ---------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def made_course(students: int, **settings: object) -> Iterator[support.Course]:
     with tempfile.TemporaryDirectory(prefix="notebooks-bench-") as directory:
-        with support.Course(Path(directory), students) as course:
-            course.check("setup")
+        with support.Course(Path(directory), students, **settings) as course:
+            course.check("setup", timeout=600)
+            course.check("send", timeout=600)
             yield course
 
 
-def measure_all(students: int, script: Path) -> Iterator[Row]:
+def measure_ours(students: int, script: Path) -> Iterator[Row]:
     with made_course(students) as course:
         yield measure("notebooks.py", course, lambda: start_ours(course, script))
+    with made_course(students, on_demand="yes") as course:
+        yield measure("  on demand, idle", course, lambda: start_ours(course, script))
+        waits = first_visit_seconds(course)
+        print(
+            f"  first visits: {waits[len(waits) // 2]:.2f} s (median),"
+            f" {waits[-1]:.2f} s (longest of {len(waits)});"
+            f" {log_ins_per_second(course):.0f} log-ins per second",
+            flush=True,
+        )
+
+
+def measure_others(students: int) -> Iterator[Row]:
     with made_course(students) as course:
         yield measure("jupyter-notebook", course, lambda: start_plain(course))
+    if not (HUB_PREFIX / "bin/jupyterhub").exists():
+        print(f"  no JupyterHub in {HUB_PREFIX}: left out", flush=True)
+        return
+    with made_course(students) as course, running_hub(course) as hub:
+        yield measure("JupyterHub", course, lambda: start_hub(course, *hub))
+
+
+def measure_herd(students: int, script: Path) -> str:
+    with made_course(students, on_demand="yes") as course:
+        start_ours(course, script)
+        waits = herd_waits(course)
+    return (
+        f"a herd of {students} within {HERD_SECONDS:.0f} s, each logs in and runs a cell:"
+        f" {len(waits)} succeeded;\n    they waited {waits[len(waits) // 2]:.1f} s"
+        f" (median), {waits[-1]:.1f} s (last)"
+    )
 
 
 def describe_machine() -> str:
@@ -158,19 +355,67 @@ def describe_machine() -> str:
     return f"{hardware}; Python {python}, {versions}"
 
 
+PLOT = """
+import json, sys
+import matplotlib
+matplotlib.use("Agg")
+from matplotlib import pyplot
+rows = json.load(sys.stdin)
+figure, axes = pyplot.subplots(1, 3, figsize=(12, 4))
+for axis, (key, label) in zip(axes, (
+    ("cpu_seconds", "CPU seconds per server"), ("private", "private MB per server"),
+    ("seconds", "seconds until the last answers"),
+)):
+    rows_of = {}
+    for row in rows:
+        rows_of.setdefault(row["contender"].strip(), []).append(row)
+    for name, points in rows_of.items():
+        values = [p[key] / 1000 if key == "private" else p[key] for p in points]
+        axis.plot([p["students"] for p in points], values, "o-", label=name)
+    axis.set_xlabel("students"); axis.set_title(label); axis.set_xscale("log")
+    axis.set_ylim(bottom=0)
+axes[0].legend()
+figure.tight_layout()
+figure.savefig(sys.argv[1], dpi=120)
+"""
+
+
+def draw(rows: list[Row]) -> None:
+    python = HUB_PREFIX / "bin/python"
+    if python.exists():
+        text = json.dumps([row._asdict() for row in rows])
+        command = [str(python), "-c", PLOT, str(BENCH / "servers.png")]
+        subprocess.run(command, input=text, text=True, check=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("students", nargs="*", type=int, default=[10])
-    numbers = parser.parse_args().students
+    parser.add_argument("--ours", nargs="*", type=int, default=[])
+    parser.add_argument("--herd", type=int, default=0)
+    options = parser.parse_args()
     conftest.enter_private_namespace()
     conftest.choose_uids()
-    print(describe_machine(), HEADER, sep="\n", flush=True)
-    for students in numbers:
-        # A copy of the script is not measured by coverage, whatever the environment.
-        with tempfile.TemporaryDirectory(prefix="notebooks-bench-") as directory:
-            script = Path(shutil.copy(support.NOTEBOOKS, directory))
-            for row in measure_all(students, script):
-                print(format_row(row), flush=True)
+    BENCH.mkdir(exist_ok=True)
+    rows = []
+    lines = [describe_machine(), HEADER]
+    print(*lines, sep="\n", flush=True)
+    # A copy of the script is not measured by coverage, whatever the environment.
+    with tempfile.TemporaryDirectory(prefix="notebooks-bench-") as directory:
+        script = Path(shutil.copy(support.NOTEBOOKS, directory))
+        for students in [*options.students, *options.ours]:
+            both = [measure_ours(students, script)]
+            if students in options.students:
+                both.append(measure_others(students))
+            for row in (row for each in both for row in each):
+                rows.append(row)
+                lines.append(format_row(row))
+                print(lines[-1], flush=True)
+        if options.herd:
+            lines.append(measure_herd(options.herd, script))
+            print(lines[-1], flush=True)
+    (BENCH / "table.txt").write_text("\n".join([*lines, ""]))
+    draw(rows)
     return 0
 
 

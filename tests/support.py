@@ -535,6 +535,7 @@ class Notebook:
         self.resources = contextlib.ExitStack()
         self.kernel_id = ""
         self.kernel_channels: websocket.WebSocket | None = None
+        self.seconds = 60.0  # in which a kernel must have answered
 
     def __enter__(self) -> "Notebook":
         return self
@@ -559,7 +560,7 @@ class Notebook:
         if body is not None:
             headers["Content-Type"] = content_type
         url = urllib.parse.urljoin(self.url, path)
-        response = fetch(url, method, body, headers, self.context)
+        response = fetch(url, method, body, headers, self.context, self.seconds)
         for cookie in response.headers.get_all("Set-Cookie", []):
             self.cookies.load(cookie)
         return response
@@ -587,11 +588,11 @@ class Notebook:
         assert response.status < 400, f"{method} {path}: {response}"
         return response.json if response.body else None
 
-    def open_websocket(self, path: str, seconds: float = 60.0) -> websocket.WebSocket:
+    def open_websocket(self, path: str) -> websocket.WebSocket:
         url = urllib.parse.urljoin(self.url.replace("http", "ws", 1), path)
         channel = websocket.create_connection(
             url,
-            timeout=seconds,
+            timeout=self.seconds,
             cookie=self.cookie_header(),
             sslopt={"context": self.context},
         )
