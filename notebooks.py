@@ -3422,19 +3422,26 @@ class Launcher:
         """Start a server; one that fails is reported.
 
         As many start at once as there are cores. One that takes long, for its student
-        may have stopped it, gives its place to others after SLOT_SECONDS.
+        may have stopped it, does not hold others up after SLOT_SECONDS.
         """
         server.state = "starting"
         await self.starting.acquire()
         with contextlib.ExitStack() as slot:
+
+            def give_up_slot() -> None:
+                slot.close()
+                server.settled.set()
+
             slot.callback(self.starting.release)
             loop = asyncio.get_running_loop()
-            slot.callback(loop.call_later(SLOT_SECONDS, slot.close).cancel)
+            slot.callback(loop.call_later(SLOT_SECONDS, give_up_slot).cancel)
             await self.template.ready.wait()
             try:
                 await self.request_server(server)
-            except (Error, OSError, asyncio.TimeoutError) as error:
-                log.error("%s: %s", server.username, explain(error))
+            except Exception as error:  # whatever it is, it is this student's alone
+                foreseen = isinstance(error, (Error, OSError, asyncio.TimeoutError))
+                text = explain(error)
+                log.error("%s: %s", server.username, text, exc_info=not foreseen)
                 server.state = "failed"
             else:
                 server.state = "running"
@@ -3520,6 +3527,8 @@ class Launcher:
                 log.warning("another `port` counts from the next launch on")
             config = dataclasses.replace(course.config, port=self.config.port)
             certificate = ensure_certificate(config)
+            fingerprint = certificate.fingerprint()
+            raise_descriptor_limit(len(course.students.students))
             gone = self.servers_not_in(course.students)
             await self.close_servers(gone)
             course = course._replace(config=config)
@@ -3531,7 +3540,16 @@ class Launcher:
         for username, reason in outcome.failures.items():
             log.error("%s: %s", username, reason)
         self.config, self.certificate = config, certificate
-        self.adopt_list(servers, len(gone))
+        new = [server for server in servers if server.task is None]
+        self.servers = {server.username: server for server in servers}
+        for server in new:
+            self.start_tending(server)
+        if fingerprint == self.fingerprint:
+            self.brief_webserver()
+        else:
+            self.fingerprint = fingerprint
+            self.web.restart()
+        say(f"Reloaded: {counted(len(new), 'student')} came, {len(gone)} left.")
 
     def servers_not_in(self, students: StudentList) -> list[Server]:
         """Return the servers of those who are no students any more."""
@@ -3545,21 +3563,6 @@ class Launcher:
             for server in self.servers.values()
             if uids.get(server.username) != server.uid
         ]
-
-    def adopt_list(self, servers: Sequence[Server], gone: int) -> None:
-        """Serve those who came with a new list, and tell the webserver."""
-        new = [server for server in servers if server.task is None]
-        self.servers = {server.username: server for server in servers}
-        raise_descriptor_limit(len(servers))
-        for server in new:
-            self.start_tending(server)
-        fingerprint = self.certificate.fingerprint()
-        if fingerprint != self.fingerprint:
-            self.fingerprint = fingerprint
-            self.web.restart()
-        else:
-            self.brief_webserver()
-        say(f"Reloaded: {counted(len(new), 'student')} came, {gone} left.")
 
     async def close_servers(self, servers: Sequence[Server]) -> None:
         """Give up the ports of students who left, and end what they run."""
