@@ -335,9 +335,10 @@ def measure_herd(students: int, script: Path) -> str:
     with made_course(students, on_demand="yes") as course:
         start_ours(course, script)
         waits = herd_waits(course)
+    median = waits[len(waits) // 2]
     return (
         f"a herd of {students} within {HERD_SECONDS:.0f} s, each logs in and runs a"
-        f" cell: {len(waits)} succeeded; waited {waits[len(waits) // 2]:.1f} s (median),"
+        f" cell: {len(waits)} succeeded; waited {median:.1f} s (median),"
         f" {waits[-1]:.1f} s (last)"
     )
 
