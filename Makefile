@@ -28,6 +28,7 @@ READY_SECONDS = 120
 STUDENTS = 10 30
 OURS = 100 300
 HERD = 100
+LESSON = 20
 SCRIPT = $(PREFIX)/bin/notebooks.py
 BUILD_FILES = build dist *.egg-info
 
@@ -159,8 +160,8 @@ $(BENCH_PREFIX)/installed: Makefile
 	touch $@
 
 bench: $(TEST_PREFIX)/installed $(BENCH_PREFIX)/installed
-	BENCH_PREFIX=$(BENCH_PREFIX) $(TEST_PREFIX)/bin/python tests/benchmark.py \
-	    $(STUDENTS) --ours $(OURS) --herd $(HERD)
+	BENCH_PREFIX=$(BENCH_PREFIX) PYTHONPATH=. $(TEST_PREFIX)/bin/python tests/benchmark.py \
+	    $(STUDENTS) --ours $(OURS) --herd $(HERD) --lesson $(LESSON)
 
 clean:
 	rm -rf $(BUILD_FILES) .coverage* .mypy_cache .pytest_cache htmlcov

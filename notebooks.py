@@ -25,8 +25,11 @@ webserver  nobody   the landing page on the base port
 server     student  one Jupyter Notebook server per student, on a port of its own
 
 Template and webserver are this script, executed afresh with the end of a socket pair;
-each ends when the other end is gone. Whatever happens in a student's home, from `send`
-to a server's log file, is done with that student's ids: root follows no path there.
+each ends when the other end is gone. SIGHUP has the launcher read configuration and
+list again; `setup` and `remove` send it. Whatever happens in a student's home, from
+`send` to a server's log file, is done with that student's ids, and root follows no path
+there; what a student could hold up is done by a worker, one process for each student,
+that is given up when it gives no sign of life.
 """
 
 import argparse
@@ -116,21 +119,24 @@ USERNAME = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # 32: LOGIN_NAME_MAX of utmp(
 # Letters and digits that cannot be taken for one another on paper.
 PASSWORD_ALPHABET = "".join(set(string.ascii_letters + string.digits) - set("0O1lI"))
 MAX_PASSWORD_LENGTH = 200  # what chpasswd(8) surely takes
-PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+# Programs of the system's: where they are looked for, and those without which setup and
+# remove do not begin.
+PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ACCOUNT_PROGRAMS = (
     *("useradd", "usermod", "userdel", "groupadd", "groupdel", "gpasswd", "chpasswd"),
     *("find", "rm", "ipcrm"),
 )
-
-MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
-ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
 # Where every user may have files, and System V objects (sysvipc(7), ipcrm(1)).
 PUBLIC_DIRS = (
     *("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run/lock"),
     *("/var/spool/cron/atjobs", "/var/crash"),
 )
 IPC_KINDS = {"shm": "--shmem-id", "msg": "--queue-id", "sem": "--semaphore-id"}
+
+# Copying.
+MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
+ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
 PART_PREFIX = ".notebooks-part-"  # of files that are not whole yet
 COPY_CHUNK_BYTES = 1 << 24
 
@@ -139,39 +145,48 @@ COPY_CHUNK_BYTES = 1 << 24
 # and the whole system fails when a student has filled it.
 RUNTIME_DIR = Path("/var/lib/notebooks")
 CONFIG_DIR = RUNTIME_DIR / "config"  # root's, where servers look for configuration
+TEMPLATE_HOME = RUNTIME_DIR / "template"  # exists during `rehearse_start` only
 SERVER_LOG = ".notebooks.log"  # in the student's home
-SERVER_TITLE = "notebooks.py: notebook server of "  # what ps shows
+
+# What ps shows.
+SERVER_TITLE = "notebooks.py: notebook server of "
 LAUNCHER_TITLE = "notebooks.py: launcher"
 TEMPLATE_TITLE = "notebooks.py: template process"
 WEBSERVER_TITLE = "notebooks.py: webserver"
-TEMPLATE_HOME = RUNTIME_DIR / "template"  # exists during `rehearse_start` only
 
-START_SECONDS = 60.0  # until a server that was started must have named its address
+# What students' processes may have, and how much of them is looked at.
+MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
+MAX_ARGV_BYTES = 1 << 14
+MAX_LOOKED_DESCRIPTORS = 1000  # of each process
+
+# Ending processes and deleting homes.
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
-IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
-CULL_SECONDS = 60  # between two looks at what is idle
-HEARTBEAT = b"."  # a sign of life of a worker
+KILL_SECONDS = 10.0  # how long processes that keep forking are fought
+DELETE_SECONDS = 300.0  # for a home with millions of files
+LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
+
+# Workers, which do something for one student.
+HEARTBEAT = b"."  # a sign of life
 HEARTBEAT_SECONDS = 1.0
 STUCK_SECONDS = 20.0  # without one, after which it is given up
 STUCK = (
     "something of theirs does not answer, such as a FUSE file system; run"
     " `notebooks.py shutdown`, end what else they run, and try again"
 )
-MAX_ARGV_BYTES = 1 << 14
-MAX_PROCESSES = 1000  # and threads of one student's (RLIMIT_NPROC): stops a fork bomb
-DELETE_SECONDS = 300.0  # for a home with millions of files
-KILL_SECONDS = 10.0  # how long processes that keep forking are fought
-LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
+
+# The launcher, its helpers and the servers.
+START_SECONDS = 60.0  # until a server that was started must have named its address
 SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
-PAGE_SECONDS = 10.0  # in which a visitor of the web page must have made a request
+MAX_RESTART_DELAY_SECONDS = 60.0
+IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
+CULL_SECONDS = 60  # between two looks at what is idle
 MEMORY_SECONDS = 5  # between two looks at what all processes hold
+PAGE_SECONDS = 10.0  # in which a visitor of the web page must have made a request
 VISIT_SECONDS = 2.0  # for which the web page waits for a notebook server
 STOP_SECONDS = 1.5  # in which the launcher's helpers must have ended
-MAX_RESTART_DELAY_SECONDS = 60.0
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_MESSAGE_DESCRIPTORS = 4
 SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
-MAX_LOOKED_DESCRIPTORS = 1000  # of each process
 SYS_PIDFD_GETFD = 438  # the same on all architectures
 
 CERTIFICATE_NAME = "notebooks.pem"  # beside the configuration file
@@ -2786,6 +2801,7 @@ def progress(steps: Iterable[Result], total: int, label: str) -> Iterable[Result
         return steps
     from tqdm import tqdm
 
+    tqdm.monitor_interval = 0  # no thread: there will be forks
     return tqdm(steps, label, total, leave=False, unit="student", file=sys.stderr)
 
 
@@ -3319,8 +3335,8 @@ class Launcher:
             helper.stop()
         for helper in (self.web, self.template):
             helper.reap(deadline)
-        running = counted(self.count("running"), "notebook server")
-        say(f"The web page has ended; {running} run on.")
+        running = self.count("running")
+        say(f"The web page has ended; {running} notebook servers run on.")
 
     async def start_all(self, reload: asyncio.Event) -> None:
         """Start what has to run from the beginning, tell the teacher, then reload."""
@@ -3365,7 +3381,7 @@ class Launcher:
                 states = ("running", "starting", "stopped", "failed")
                 counts = ", ".join(f"{self.count(state)} {state}" for state in states)
                 text = (
-                    f"{counts}; students' processes hold {format_bytes(memory)};"
+                    f"{counts}; students hold {format_bytes(memory)};"
                     f" load {os.getloadavg()[0]:.1f}"
                 )
                 line.set_description_str(text[: shutil.get_terminal_size().columns - 1])

@@ -1,6 +1,6 @@
 """Measure what a notebook server per student costs, side by side, in one run.
 
-    sudo make bench [STUDENTS="10 30"] [OURS="100 300"] [HERD=100]
+    sudo make bench [STUDENTS="10 30"] [OURS="100 300"] [HERD=100] [LESSON=20]
 
 The contenders: this project, with servers started at launch, and on demand; a plain
 `jupyter-notebook` for each student, started by su(1) one after the other; JupyterHub
@@ -13,7 +13,8 @@ the CPU time until then, its proportional set size (PSS: shared pages are divide
 those who share them) and its private memory, after two quiet seconds; the rest is the
 PSS of all other processes of the contender. Then, for this project: how long a first
 visitor waits on demand, log-ins a second, and a herd of students who come within ten
-seconds, log in and run a cell. The table and a plot are written into bench/.
+seconds, log in and run a cell; and what servers hold after a lesson. The table
+and a plot are written into bench/.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from typing import NamedTuple
 import psutil
 
 import conftest
+import notebooks
 import support
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -157,12 +159,15 @@ def start_ours(course: support.Course, script: Path) -> list[psutil.Process]:
 
 def start_plain(course: support.Course) -> list[psutil.Process]:
     """Start a plain server for each student as a teacher would without any tool."""
+    rows = course.rows()
     program = Path(sys.executable).with_name("jupyter-notebook")
     for number, username in enumerate(course.students, 1):
         port = course.port + number
         command = (
             f"{program} --no-browser --ip=127.0.0.1 --port={port} --port-retries=0"
-            f" --ServerApp.base_url=/{username}/"
+            f" --ServerApp.base_url=/{username}/ --notebook-dir=course/material"
+            " --PasswordIdentityProvider.hashed_password="
+            + notebooks.hash_password(rows[username]["nb-pass"])
         )
         subprocess.Popen(
             ["su", "-", username, "-c", f"exec {command}"],
@@ -293,6 +298,56 @@ def herd_waits(course: support.Course) -> list[float]:
         return sorted(pool.map(come, range(len(course.students))))
 
 
+def attend(notebook: support.Notebook, password: str, minutes: float) -> None:
+    """Do what a student does in a lesson: open a notebook, run cells, save."""
+    end = time.monotonic() + minutes * 60
+    with notebook:
+        notebook.log_in(password)
+        for page in ("tree", "lab/api/settings", "notebooks/welcome.ipynb"):
+            notebook.fetch(page)
+        notebook.start_kernel(path="welcome.ipynb")
+        while time.monotonic() < end:
+            for path in ("contents", "contents/welcome.ipynb", "kernels", "sessions"):
+                notebook.api("GET", path)
+            for number in range(5):
+                notebook.execute(
+                    f"x = [i * i for i in range({number}000)]; print(len(x))"
+                )
+            model = notebook.api("GET", "contents/welcome.ipynb")
+            content = {"type": "notebook", "content": model["content"]}
+            notebook.api("PUT", "contents/welcome.ipynb", content)
+            time.sleep(10)
+
+
+def measure_lesson(students: int, minutes: float, script: Path) -> Iterator[str]:
+    """Have both contenders' students in a lesson at the same time, then look."""
+    with made_course(students) as ours, made_course(students) as plain:
+        start_ours(ours, script)
+        start_plain(plain)
+        urls = {username: ours.notebook_url(username) for username in ours.students}
+        for number, username in enumerate(plain.students, 1):
+            urls[username] = f"http://localhost:{plain.port + number}/{username}/"
+        rows = ours.rows() | plain.rows()
+
+        def take_part(username: str) -> None:
+            notebook = support.Notebook(urls[username])
+            attend(notebook, rows[username]["nb-pass"], minutes)
+
+        with ThreadPoolExecutor(len(urls)) as pool:
+            list(pool.map(take_part, urls))
+        for name, course in (("notebooks.py", ours), ("jupyter-notebook", plain)):
+            servers = [
+                x for x in course.processes() if "kernel" not in support.title_of(x)
+            ]
+            sizes = [memory(process) for process in servers]
+            private = sum(size for _, size in sizes) / students / 1000
+            seconds = cpu_seconds(servers) / students
+            yield (
+                f"after a lesson of {minutes:g} minutes, {students} students, {name}:"
+                f" private {private:.1f} MB, CPU {seconds:.1f} s for each server"
+            )
+
+
 # ---------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------
@@ -391,9 +446,10 @@ def draw(rows: list[Row]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("students", nargs="*", type=int, default=[10])
+    parser.add_argument("students", nargs="*", type=int)
     parser.add_argument("--ours", nargs="*", type=int, default=[])
     parser.add_argument("--herd", type=int, default=0)
+    parser.add_argument("--lesson", type=float, default=0, metavar="MINUTES")
     options = parser.parse_args()
     conftest.enter_private_namespace()
     conftest.choose_uids()
@@ -415,6 +471,10 @@ def main() -> int:
         if options.herd:
             lines.append(measure_herd(options.herd, script))
             print(lines[-1], flush=True)
+        if options.lesson:
+            for line in measure_lesson(10, options.lesson, script):
+                lines.append(line)
+                print(line, flush=True)
     (BENCH / "table.txt").write_text("\n".join([*lines, ""]))
     draw(rows)
     return 0

@@ -22,6 +22,7 @@ from support import (
     is_ours,
     processes_of,
     run_as,
+    run_on_terminal,
     title_of,
     wait_until,
 )
@@ -260,6 +261,29 @@ def test_no_student_takes_a_port_of_the_course(course: Course, launch: Launch) -
     assert tried > 1000
     assert answers(course, username)
     assert course.server(username).pid != server.pid
+
+
+@root
+def test_a_terminal_shows_what_runs_in_one_line(make_course: CourseMaker) -> None:
+    course = make_course(2)
+    course.check("setup")
+    on_a_pipe = course.launch().wait_ready()
+    on_a_pipe.stop()
+    course.check("shutdown")
+    said = on_a_pipe.output
+    assert all(f"{username}: started" in said for username in course.students)
+    assert "students hold" not in said
+    with run_on_terminal("launch", course.config) as terminal:
+        terminal.expect_exact("Ready: https://")
+        terminal.expect(r"2 running, 0 starting, 0 stopped, 0 failed")
+        terminal.expect(r"students hold [1-9][0-9.]* MB; load [0-9.]+")
+        course.server(course.students[0]).kill()
+        terminal.expect(f"{course.students[0]}: the server was ended by SIGKILL")
+        terminal.expect("1 running, 0 starting, 1 stopped, 0 failed")
+        terminal.sendintr()
+        terminal.expect_exact("The web page has ended; 1 notebook servers run on.")
+        terminal.expect_exact(terminal.delimiter)
+    assert terminal.exitstatus == 0
 
 
 # ---------------------------------------------------------------------------------------
