@@ -2637,21 +2637,27 @@ def preload() -> None:
 def rehearse_start() -> None:
     """Initialize a server that nobody uses, and throw it away.
 
-    What Jupyter works out and keeps in its modules at a first start is then shared by
-    all forks: each starts in half the CPU time and with 6 MB less of private memory.
+    What Jupyter works out and keeps in its modules at a first start, for a first page
+    and for a first notebook is then shared by all forks: each starts in half the CPU
+    time and with 6 MB less of private memory, and a lesson costs 11 MB less.
     """
+    import nbformat
     from jupyter_server.gateway.gateway_client import GatewayClient
     from tornado.ioloop import IOLoop
 
     ensure_config_dir()
     TEMPLATE_HOME.mkdir(mode=0o700, exist_ok=True)
     account = pwd.struct_passwd(("", "", 0, 0, "", str(TEMPLATE_HOME), "/bin/sh"))
-    request = ServerRequest("", 0, "", "-", "00", ".", "", 0, 0, "", "")
+    request = ServerRequest("rehearsal", 0, "", "-", "00", ".", "", 0, 0, "", "")
     environment = dict(os.environ)
     os.environ["HOME"] = account.pw_dir
     handlers = {number: signal.getsignal(number) for number in JUPYTER_SIGNALS}
     logging.disable(logging.CRITICAL)
-    make_server(request, account)
+    app = make_server(request, account)
+    app.io_loop.run_sync(functools.partial(rehearse_visit, app))
+    notebook = {"cells": [], "metadata": {}, "nbformat": 4}
+    for minor in range(nbformat.current_nbformat_minor + 1):  # compiles the schemas
+        nbformat.validate({**notebook, "nbformat_minor": minor})
     logging.disable(logging.NOTSET)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -2661,6 +2667,21 @@ def rehearse_start() -> None:
     IOLoop.current().close()
     asyncio.set_event_loop(None)
     shutil.rmtree(TEMPLATE_HOME)
+
+
+async def rehearse_visit(app: Any) -> None:
+    """Ask for the log-in page, whose templates and files are read then."""
+    from tornado.httpserver import HTTPServer
+    from tornado.iostream import IOStream
+
+    ours, theirs = socket.socketpair()
+    HTTPServer(app.web_app).handle_stream(IOStream(theirs), ("127.0.0.1", 0))
+    stream = IOStream(ours)
+    request = f"GET {app.base_url}login HTTP/1.0\r\nHost: localhost\r\n\r\n"
+    await stream.write(request.encode())
+    answer = await stream.read_until_close()
+    if b" 200 OK\r\n" not in answer:
+        raise RuntimeError(f"a rehearsed log-in page: {answer[:100]!r}")
 
 
 def run_template(channel: socket.socket) -> None:
