@@ -3134,20 +3134,30 @@ class Helper:
 
     def start(self) -> None:
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.channel.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, MAX_MESSAGE_BYTES)
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", __file__, self.role, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                cwd="/",
-                env={
-                    "PATH": PROGRAM_PATH,
-                    "HOME": str(TEMPLATE_HOME),
-                    "LANG": os.environ.get("LANG", "C.UTF-8"),
-                },
-                start_new_session=True,
+        with contextlib.suppress(PermissionError):  # in a container: 200 kB will do
+            self.channel.setsockopt(
+                socket.SOL_SOCKET, SO_SNDBUFFORCE, MAX_MESSAGE_BYTES
             )
+        try:
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-I", __file__, self.role, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    cwd="/",
+                    env={
+                        "PATH": PROGRAM_PATH,
+                        "HOME": str(TEMPLATE_HOME),
+                        "LANG": os.environ.get("LANG", "C.UTF-8"),
+                    },
+                    start_new_session=True,
+                )
+        except OSError as error:  # too little memory, or too many processes
+            self.channel.close()
+            if not self.proven:
+                raise
+            self.start_later(f"could not be started: {explain(error)}")
+            return
         asyncio.get_running_loop().add_reader(self.channel, self.handle_message)
         self.on_start()
 
@@ -3176,17 +3186,21 @@ class Helper:
         self.on_message(message)
 
     def handle_end(self) -> None:
-        """Start the process again, after a delay that doubles while that fails."""
+        """Start the process again, unless it never was ready or has to end."""
         self.close()
         self.ready.clear()
         if not self.proven:
             log.error("the %s cannot start; what it said is above", self.role)
             self.broken.set()
         elif not self.stopping:
-            delay = restart_delay(self.failures)
-            self.failures += 1
-            log.error("the %s ended; starting it again in %.0f s", self.role, delay)
-            asyncio.get_running_loop().call_later(delay, self.start)
+            self.start_later("ended")
+
+    def start_later(self, reason: str) -> None:
+        """Start the process after a delay that doubles while that fails."""
+        delay = restart_delay(self.failures)
+        self.failures += 1
+        log.error("the %s %s; starting it again in %.0f s", self.role, reason, delay)
+        asyncio.get_running_loop().call_later(delay, self.start)
 
     def close(self) -> None:
         """Close our end of the channel and end the process at once."""
