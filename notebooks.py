@@ -145,7 +145,7 @@ COPY_CHUNK_BYTES = 1 << 24
 # and the whole system fails when a student has filled it.
 RUNTIME_DIR = Path("/var/lib/notebooks")
 CONFIG_DIR = RUNTIME_DIR / "config"  # root's, where servers look for configuration
-TEMPLATE_HOME = RUNTIME_DIR / "template"  # exists during `rehearse_start` only
+TEMPLATE_HOME = RUNTIME_DIR / "template"  # does not exist
 SERVER_LOG = ".notebooks.log"  # in the student's home
 
 # What ps shows.
@@ -214,6 +214,10 @@ class UsageError(Error):
     """The command line, the configuration or the list is wrong; nothing was changed."""
 
     exit_status = 2
+
+
+class BusyError(UsageError):
+    """Another notebooks.py works with the list."""
 
 
 def printable(text: str) -> str:
@@ -657,6 +661,8 @@ class StudentList:
     def update(self, username: str, **values: str) -> None:
         """Set cells of a student's row (sys_pass for the column `sys-pass`)."""
         self.changes.setdefault(username, {}).update(values)
+        if username not in self:  # the row was deleted meanwhile
+            return
         record = self.by_name[username]
         for key, value in values.items():
             name = key.replace("_", "-")
@@ -717,8 +723,7 @@ class StudentList:
             changes = self.changes
             self.load()
             for username, values in changes.items():
-                if username in self:
-                    self.update(username, **values)
+                self.update(username, **values)
         text = "".join(
             self.delimiter.join(record.cells) + record.end for record in self.records
         )
@@ -857,7 +862,7 @@ def lock_file(path: Path) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise UsageError(
+            raise BusyError(
                 f"{path}: another notebooks.py works with it; wait until that is done"
             ) from None
         if os.path.samestat(os.fstat(fd), os.stat(path)):
@@ -1469,6 +1474,11 @@ class Worker:
         self.heard = time.monotonic()
         return bool(data)
 
+    def is_stuck(self) -> bool:
+        """Say whether it has given no sign of life for long; one may wait unread."""
+        late = time.monotonic() > self.heard + STUCK_SECONDS
+        return late and not select.select([self.fd], [], [], 0)[0]
+
     def result(self) -> Any:
         os.close(self.fd)
         os.waitpid(self.pid, 0)
@@ -1510,7 +1520,7 @@ def for_each_student(
                 if worker.fd in ready and not worker.read():
                     del workers[worker.fd]
                     yield worker.student, worker.result()
-                elif time.monotonic() > worker.heard + STUCK_SECONDS:
+                elif worker.is_stuck():
                     del workers[worker.fd]
                     worker.end(signal.SIGKILL)
                     yield worker.student, Error(STUCK)
@@ -2000,13 +2010,19 @@ def copy_profile(profile: str, account: pwd.struct_passwd) -> CopyReport:
     )
 
 
-def ensure_runtime_dir(account: pwd.struct_passwd) -> Path:
-    """Make the private directory of a student's runtime files.
+def ensure_closed_dir(directory: Path) -> None:
+    """Make a directory of root's that others may pass through but not list.
 
-    Nobody but root may list the directory above: who reads one can keep it locked.
+    Who can read a directory can keep it locked, and root waiting for it.
     """
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o711)
+
+
+def ensure_runtime_dir(account: pwd.struct_passwd) -> Path:
+    """Make the private directory of a student's runtime files."""
     directory = RUNTIME_DIR / str(account.pw_uid)
-    RUNTIME_DIR.mkdir(mode=0o711, parents=True, exist_ok=True)
+    ensure_closed_dir(RUNTIME_DIR)
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
     if os.lstat(directory).st_uid != account.pw_uid:
@@ -2519,7 +2535,8 @@ async def export_notebook(export_format: str, source: str) -> tuple[str, bytes]:
 
 
 def ensure_config_dir() -> None:
-    CONFIG_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
+    ensure_closed_dir(RUNTIME_DIR)
+    CONFIG_DIR.mkdir(mode=0o755, exist_ok=True)
     # Without this file jupyter_core takes the directory for one of IPython 3's.
     (CONFIG_DIR / "migrated").touch(mode=0o644)
 
@@ -2646,11 +2663,11 @@ def rehearse_start() -> None:
     from tornado.ioloop import IOLoop
 
     ensure_config_dir()
-    TEMPLATE_HOME.mkdir(mode=0o700, exist_ok=True)
-    account = pwd.struct_passwd(("", "", 0, 0, "", str(TEMPLATE_HOME), "/bin/sh"))
+    home = tempfile.mkdtemp(prefix=f"{TEMPLATE_HOME.name}-", dir=RUNTIME_DIR)
+    account = pwd.struct_passwd(("", "", 0, 0, "", home, "/bin/sh"))
     request = ServerRequest("rehearsal", 0, "", "-", "00", ".", "", 0, 0, "", "")
     environment = dict(os.environ)
-    os.environ["HOME"] = account.pw_dir
+    os.environ["HOME"] = home
     handlers = {number: signal.getsignal(number) for number in JUPYTER_SIGNALS}
     logging.disable(logging.CRITICAL)
     app = make_server(request, account)
@@ -2666,7 +2683,7 @@ def rehearse_start() -> None:
     GatewayClient.clear_instance()
     IOLoop.current().close()
     asyncio.set_event_loop(None)
-    shutil.rmtree(TEMPLATE_HOME)
+    shutil.rmtree(home)
 
 
 async def rehearse_visit(app: Any) -> None:
@@ -3048,29 +3065,32 @@ def open_servers(
 ) -> list[Server]:
     """Hold a port for each student who can have a server, and write it to the list.
 
-    known: servers whose ports we hold already; they get what the list says now.
+    known: servers whose ports we hold already; they get what the list says now. The
+    list is locked.
 
-    Raises: UsageError if the list cannot be used.
+    Raises: UsageError if there are too few ports.
     """
+    config, students = course.config, course.students.students
+    if config.port + len(students) > 65535:
+        raise UsageError(f"{config.path}: [Launch] port: too few ports are above it")
     servers = []
-    with course.students.locked():
-        ports = assign_ports(course.students.students, course.config.port)
-        listeners = find_listeners()
-        for student in with_accounts(course, outcome):
-            try:
-                server = known.get(student.username) or open_server(
-                    student, ports, course.config.port, listeners
-                )
-            except Error as error:
-                outcome.failed(student.username, str(error))
-                continue
-            server.student = student
-            servers.append(server)
-            course.students.update(student.username, port=str(server.port))
+    ports = assign_ports(students, config.port)
+    listeners = find_listeners()
+    for student in with_accounts(course, outcome):
         try:
-            course.students.save()
-        except OSError as error:
-            log.warning("the ports could not be written: %s", explain(error))
+            server = known.get(student.username) or open_server(
+                student, ports, config.port, listeners
+            )
+        except Error as error:
+            outcome.failed(student.username, str(error))
+            continue
+        server.student = student
+        servers.append(server)
+        course.students.update(student.username, port=str(server.port))
+    try:
+        course.students.save()
+    except OSError as error:
+        log.warning("the ports could not be written: %s", explain(error))
     return servers
 
 
@@ -3210,8 +3230,9 @@ class Helper:
         self.process.wait()
 
     def restart(self) -> None:
-        self.close()
-        self.start()
+        if self.channel.fileno() >= 0:  # else it is waiting to be started again
+            self.close()
+            self.start()
 
     def stop(self) -> None:
         """Let the process end: it sees our end of the channel close."""
@@ -3231,7 +3252,7 @@ class Helper:
 
 def restart_delay(failures: int) -> float:
     """Return the seconds to wait before something that failed is tried again."""
-    return min(2.0**failures, MAX_RESTART_DELAY_SECONDS)
+    return min(2.0 ** min(failures, 10), MAX_RESTART_DELAY_SECONDS)
 
 
 async def wait_readable(fd: int, seconds: float | None = None) -> None:
@@ -3248,9 +3269,20 @@ async def wait_readable(fd: int, seconds: float | None = None) -> None:
 
     loop.add_reader(fd, handle_readable)
     try:
-        await asyncio.wait_for(readable, seconds)
+        done, _ = await asyncio.wait({readable}, timeout=seconds)
     finally:
         loop.remove_reader(fd)
+    if not done:
+        raise asyncio.TimeoutError
+
+
+async def end_tasks(tasks: Iterable["asyncio.Task[Any]"]) -> None:
+    """Cancel tasks until they have ended: `wait_for` of Python 3.11 may swallow it."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.5)
 
 
 def release_memory() -> None:
@@ -3362,9 +3394,7 @@ class Launcher:
     async def end(self, tasks: Sequence["asyncio.Task[Any]"]) -> None:
         """End everything but the notebook servers."""
         tend = [server.task for server in self.servers.values() if server.task]
-        for task in (*tasks, *tend):
-            task.cancel()
-        await asyncio.gather(*tasks, *tend, return_exceptions=True)
+        await end_tasks([*tasks, *tend])
         deadline = time.monotonic() + STOP_SECONDS
         for helper in (self.web, self.template):
             helper.stop()
@@ -3387,7 +3417,11 @@ class Launcher:
         while True:
             await reload.wait()
             reload.clear()
-            await self.reload()
+            try:
+                await self.reload()
+            except BusyError:
+                reload.set()
+                await asyncio.sleep(1)
 
     def count(self, state: str) -> int:
         return sum(server.state == state for server in self.servers.values())
@@ -3570,6 +3604,8 @@ class Launcher:
         """Read the configuration and the list again; servers that run stay untouched.
 
         If either is bad, or cannot be read, everything goes on as before.
+
+        Raises: BusyError if it has to be done again a little later.
         """
         outcome = Outcome()
         try:
@@ -3577,13 +3613,16 @@ class Launcher:
             if course.config.port != self.config.port:
                 log.warning("another `port` counts from the next launch on")
             config = dataclasses.replace(course.config, port=self.config.port)
+            course = course._replace(config=config)
             certificate = ensure_certificate(config)
             fingerprint = certificate.fingerprint()
             raise_descriptor_limit(len(course.students.students))
-            gone = self.servers_not_in(course.students)
-            await self.close_servers(gone)
-            course = course._replace(config=config)
-            servers = open_servers(course, outcome, self.servers)
+            with course.students.locked():
+                gone = self.servers_not_in(course.students)
+                await self.close_servers(gone)
+                servers = open_servers(course, outcome, self.servers)
+        except BusyError:
+            raise
         except (Error, OSError) as error:
             for line in explain(error).splitlines():
                 log.error("not reloaded: %s", line)
@@ -3620,8 +3659,7 @@ class Launcher:
         for server in servers:
             del self.servers[server.username]
             if server.task:
-                server.task.cancel()
-                await asyncio.gather(server.task, return_exceptions=True)
+                await end_tasks([server.task])
             if server.pid_fd >= 0:
                 os.close(server.pid_fd)
             server.listener.close()
@@ -4114,15 +4152,14 @@ def command_launch(course: Course) -> int:
         raise UsageError(
             f"{students.path}: nobody has an account and a password; run setup"
         )
-    if config.port + len(students.students) > 65535:
-        raise UsageError(f"{config.path}: [Launch] port: too few ports are above it")
+    raise_descriptor_limit(len(students.students))
     certificate = ensure_certificate(config)
     base_listener = bind_base_port(config.port)
     outcome = Outcome()
-    servers = open_servers(course, outcome, {})
+    with students.locked():
+        servers = open_servers(course, outcome, {})
     for username, reason in outcome.failures.items():
         log.error("%s: %s", username, reason)
-    raise_descriptor_limit(len(servers))
     status = asyncio.run(Launcher(config, certificate, base_listener, servers).run())
     return 1 if outcome.failures else status
 
@@ -4191,14 +4228,18 @@ def command_remove(course: Course) -> int:
         accounts = counted(len(ours), "account")
         confirm(f"Delete {accounts} and everything in their homes?")
     with students.locked():
-        ended = end_accounts([x for x in ours if x.username in students], outcome)
+        # What has changed since the question: fewer may be deleted, but no others.
+        ended = end_accounts([x for x in ours if is_listed(x, students)], outcome)
+        deleted = 0
         for student in progress(ended, len(ended), "remove"):
             students.forget(student.username)
             try:
                 remove_account(pwd.getpwnam(student.username))
                 outcome.done(student.username, "account and home deleted")
+                deleted += 1
             except (Error, OSError) as error:
                 outcome.failed(student.username, explain(error))
+        others = [x for x in others if x.username in students]
         for student in others:
             leave_group(student.username, config.group)
             students.update(student.username, nb_pass="", port="")
@@ -4207,10 +4248,15 @@ def command_remove(course: Course) -> int:
     reload_launcher(config.port)
     group = config.group and remove_empty_group(config.group)
     return outcome.finish(
-        f"{counted(len(ours) - len(outcome.failures), 'account')} deleted,"
-        f" {len(others)} left"
+        f"{counted(deleted, 'account')} deleted, {len(others)} left"
         f"{f', group {config.group} deleted' if group else ''}."
     )
+
+
+def is_listed(student: Student, students: StudentList) -> bool:
+    """Say whether a student still has a row and an account of ours."""
+    account = find_account(student.username)
+    return student.username in students and account is not None and is_ours(account)
 
 
 def end_accounts(students: Sequence[Student], outcome: Outcome) -> list[Student]:
