@@ -56,6 +56,12 @@ def test_ports_are_kept_where_unique_and_in_range_else_the_lowest_free(
     assert [ports[student.username] for student in students] == assigned
 
 
+def test_the_delay_after_failures_doubles_up_to_a_minute() -> None:
+    delays = [notebooks.restart_delay(failures) for failures in range(8)]
+    assert delays == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert notebooks.restart_delay(5000) == 60
+
+
 # ---------------------------------------------------------------------------------------
 # A launch that goes on, whatever is killed
 # ---------------------------------------------------------------------------------------

@@ -110,6 +110,18 @@ def test_what_is_added_to_the_list_meanwhile_is_kept(course: Course) -> None:
     assert rows["late"]["surname"] == "Comer"
 
 
+def test_a_row_that_is_deleted_meanwhile_stays_deleted(course: Course) -> None:
+    students = notebooks.StudentList(course.user_list, [])
+    stays, gone = course.students
+    with students.locked():
+        course.write_students([{"username": stays}])
+        students.update(stays, nb_pass="secret")
+        students.save()
+        students.forget(gone)
+    assert [*course.rows()] == [stays]
+    assert course.rows()[stays]["nb-pass"] == "secret"
+
+
 def test_an_account_whose_row_is_gone_is_named(make_course: CourseMaker) -> None:
     course = make_course(2)
     course.check("setup")

@@ -1,8 +1,10 @@
 """Changes while `launch` runs: late students, students who left, new settings."""
 
+import fcntl
 import pwd
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 
 import notebooks
@@ -106,6 +108,24 @@ def test_a_bad_list_or_configuration_changes_nothing(
     course.config.write_text(text)
     assert {name: course.server(name) for name in course.students} == before
     assert "<title>First</title>" in landing_page(course)
+
+
+def test_a_reload_waits_until_nobody_else_works_with_the_list(
+    course: Course, launch: Launch
+) -> None:
+    gone = course.students[-1]
+    rows = course.rows()
+    course.write_students(row for name, row in rows.items() if name != gone)
+    before = launch.output
+    with course.user_list.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        launch.process.send_signal(signal.SIGHUP)
+        time.sleep(2.5)
+        assert course.servers(gone)
+    wait_until(lambda: "0 students came, 1 left." in launch.output, 20, "a reload")
+    assert "not reloaded" not in launch.output.removeprefix(before)
+    course.write_students(rows.values())
+    reload(launch)
 
 
 def test_settings_count_at_once_where_they_can(course: Course, launch: Launch) -> None:

@@ -302,6 +302,14 @@ def test_settings_workspaces_and_configuration_are_kept_in_the_home(
     }
 
 
+def test_students_cannot_list_the_directory_of_runtime_directories(
+    course: Course, student: str
+) -> None:
+    """Who can read a directory can keep it locked, and root waiting for it."""
+    assert notebooks.RUNTIME_DIR.stat().st_mode & 0o777 == 0o711
+    assert run_as(student, "ls", notebooks.RUNTIME_DIR).returncode != 0
+
+
 def test_a_server_takes_as_many_connections_as_the_system_allows(
     course: Course, student: str
 ) -> None:
