@@ -2740,6 +2740,9 @@ def spawn_server(fd: int) -> None:
     except OSError as error:
         with socket.socket(fileno=fd) as channel, contextlib.suppress(OSError):
             send_message(channel, {"problem": f"cannot fork: {error.strerror}"})
+            # To close with the request unread, or before it came, would cost the
+            # launcher this answer. One byte of a record is enough, without its secrets.
+            channel.recv(1)
         return
     if pid == 0:
         status = 1

@@ -86,8 +86,8 @@ def test_a_fork_that_fails_is_reported_and_tried_again_by_the_next_visit(
             log_in_page(course, username, 1.5)
         reason = f"{username}: cannot fork: Resource temporarily unavailable"
         wait_until(lambda: reason in launch.output, 10, reason)
-        (PIDS_CONTROLLER / "cgroup.procs").write_text(str(template.pid))
     finally:
+        (PIDS_CONTROLLER / "cgroup.procs").write_text(str(template.pid))
         group.rmdir()
     assert log_in_page(course, username) == 200
     assert launch.helper("template process") == template
