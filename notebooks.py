@@ -3132,12 +3132,21 @@ def open_server(
     raise Error("no port is free")
 
 
+def script_command(*arguments: str) -> list[str]:
+    """Return the command line that executes this script for as long as a course lasts.
+
+    Isolated mode keeps the environment and the current directory out of it. And of a
+    script that it is given by name Python keeps the syntax tree, 9 MB, until the end.
+    """
+    run = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], None, %r)"
+    return [sys.executable, "-I", "-c", run % "__main__", __file__, *arguments]
+
+
 class Helper:
     """One of the launcher's own processes: this script, executed afresh.
 
-    Isolated mode keeps the environment and the current directory out of it. It ends
-    when our end of the socket pair is closed; one that ends before is started again,
-    unless it never was ready.
+    It ends when our end of the socket pair is closed; one that ends before is started
+    again, unless it never was ready.
     """
 
     def __init__(
@@ -3164,7 +3173,7 @@ class Helper:
         try:
             with theirs:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-I", __file__, self.role, str(theirs.fileno())],
+                    script_command(self.role, str(theirs.fileno())),
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     cwd="/",
@@ -4439,6 +4448,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{options.command} needs root: run `sudo notebooks.py"
                 f" {options.command} ...`"
             )
+        if options.command == "launch" and not sys.flags.isolated:
+            os.execv(sys.executable, script_command(*arguments))
         course = load_course(options.config, getattr(options, "yes", False))
         return COMMANDS[options.command].run(course)
     except Error as error:

@@ -408,6 +408,29 @@ def test_remove_asks_on_a_terminal_and_needs_yes_without_one(course: Course) -> 
     assert not any(map(exists, course.students))
 
 
+def test_what_changes_while_remove_asks_saves_students_and_dooms_nobody(
+    make_course: CourseMaker,
+) -> None:
+    """One loses the row, one the mark, and one gets a row."""
+    course = make_course(4)
+    course.check("setup")
+    row, mark, new, other = course.students
+    rows = course.rows()
+    course.write_students(rows[name] for name in (row, mark, other))
+    with run_on_terminal("remove", course.config) as terminal:
+        terminal.expect_exact("Delete 3 accounts")
+        course.write_students(rows[name] for name in (mark, new, other))
+        subprocess.run(["usermod", "--comment", "", mark], check=True)
+        terminal.sendline("yes")
+        terminal.expect_exact("1 account deleted")
+        terminal.expect_exact(terminal.delimiter)
+    assert terminal.exitstatus == 0
+    assert [exists(name) for name in course.students] == [True, True, True, False]
+    kept = course.rows()
+    assert kept[new] == rows[new]
+    assert kept[mark] == rows[mark]
+
+
 def test_remove_says_how_much_it_deletes_and_what_was_not_retrieved(
     make_course: CourseMaker,
 ) -> None:

@@ -345,6 +345,20 @@ def test_who_gives_no_sign_of_life_is_given_up_and_the_others_go_on(
     assert results == {1: notebooks.STUCK, 2: "2", 3: "3"}
 
 
+@pytest.mark.skipif(os.cpu_count() == 1, reason="needs two processors")
+def test_nobody_is_given_up_because_the_caller_takes_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(notebooks, "STUCK_SECONDS", 2.0)
+    results = {}
+    for student, result in for_each_student(
+        lambda student: time.sleep(5 * (student.line - 1)), students(2)
+    ):
+        results[student.line] = result
+        time.sleep(3)
+    assert results == {1: None, 2: None}
+
+
 def test_a_worker_holds_no_lock_and_nothing_else_that_is_open(tmp_path: Path) -> None:
     with tmp_path.joinpath("list").open("w"):
 
