@@ -149,6 +149,13 @@ def course(make_course: CourseMaker) -> support.Course:
 
 
 @pytest.fixture
+def launch(course: support.Course) -> support.Launch:
+    """The one launch of a course that a module's tests share."""
+    (launch,) = course.launches
+    return launch
+
+
+@pytest.fixture
 def browser() -> Iterator[WebDriver]:
     """A Chromium of 1280 x 900; `support.chromium` makes others."""
     for program in (support.CHROMIUM, support.CHROMEDRIVER):

@@ -42,12 +42,6 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
         yield course
 
 
-@pytest.fixture
-def launch(course: Course) -> Launch:
-    (launch,) = course.launches
-    return launch
-
-
 def log_in_page(course: Course, username: str, timeout: float = 30.0) -> int:
     url = f"{course.notebook_url(username)}login"
     return fetch(url, context=course.context(), timeout=timeout).status
@@ -70,27 +64,48 @@ def test_a_template_that_cannot_start_ends_launch_with_the_reason(
     course.launch().wait_ready()
 
 
-def test_a_fork_that_fails_is_reported_and_tried_again_by_the_next_visit(
-    course: Course, launch: Launch
-) -> None:
+@contextlib.contextmanager
+def without_forks(pid: int) -> Iterator[None]:
+    """Let a process have no child more than it has."""
     if not PIDS_CONTROLLER.is_dir():
         pytest.skip("needs the pids controller of cgroup v1")
-    username = course.students[0]
-    template = launch.helper("template process")
     group = PIDS_CONTROLLER / f"nbt{os.getpid()}"
     group.mkdir()
     try:
         (group / "pids.max").write_text("1")
-        (group / "cgroup.procs").write_text(str(template.pid))
+        (group / "cgroup.procs").write_text(str(pid))
+        yield
+    finally:
+        (PIDS_CONTROLLER / "cgroup.procs").write_text(str(pid))
+        group.rmdir()
+
+
+def test_a_fork_that_fails_is_reported_and_tried_again_by_the_next_visit(
+    course: Course, launch: Launch
+) -> None:
+    username = course.students[0]
+    template = launch.helper("template process")
+    with without_forks(template.pid):
         with pytest.raises(OSError):
             log_in_page(course, username, 1.5)
         reason = f"{username}: cannot fork: Resource temporarily unavailable"
         wait_until(lambda: reason in launch.output, 10, reason)
-    finally:
-        (PIDS_CONTROLLER / "cgroup.procs").write_text(str(template.pid))
-        group.rmdir()
     assert log_in_page(course, username) == 200
     assert launch.helper("template process") == template
+
+
+def test_a_helper_that_cannot_be_started_is_tried_again(
+    course: Course, launch: Launch
+) -> None:
+    with without_forks(launch.pid):
+        for role in ("template process", "webserver"):
+            launch.helper(role).kill()
+        for role in ("template", "webserver"):
+            reason = f"the {role} could not be started: Resource temporarily unavail"
+            wait_until(lambda: reason in launch.output, 10, reason)
+    course.server(course.students[0]).kill()
+    assert log_in_page(course, course.students[0]) == 200
+    assert fetch(course.url, context=course.context()).status == 200
 
 
 KILL_SERVERS = """

@@ -1,5 +1,6 @@
 """`launch` and `shutdown`: what runs when, who has the ports, what ends, what stays."""
 
+import asyncio
 import contextlib
 import pwd
 import re
@@ -224,6 +225,32 @@ def test_a_killed_launcher_takes_its_helpers_along_and_leaves_the_notebooks(
     assert all(answers(course, username) for username in course.students)
     course.launch().wait_ready()
     assert server_pids(course) == before
+
+
+@root
+def test_two_courses_are_launched_at_the_same_time(make_course: CourseMaker) -> None:
+    courses = [make_course(1) for _ in range(2)]
+    for course in courses:
+        course.check("setup")
+    launches = [course.launch() for course in courses]
+    for course, launch in zip(courses, launches):
+        launch.wait_ready()
+        assert answers(course, course.students[0])
+
+
+def test_a_task_that_survives_being_cancelled_is_cancelled_again() -> None:
+    async def stubborn() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        await asyncio.sleep(60)
+
+    async def end_it() -> bool:
+        task = asyncio.create_task(stubborn())
+        await asyncio.sleep(0)
+        await asyncio.wait_for(notebooks.end_tasks([task]), 10)
+        return task.cancelled()
+
+    assert asyncio.run(end_it())
 
 
 TAKE_PORT = """

@@ -23,12 +23,6 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
         yield course
 
 
-@pytest.fixture
-def launch(course: Course) -> Launch:
-    (launch,) = course.launches
-    return launch
-
-
 def reload(launch: Launch) -> str:
     """Send SIGHUP and return what is said of it."""
     return said_after(launch, lambda: launch.process.send_signal(signal.SIGHUP))
@@ -156,6 +150,15 @@ def test_a_renewed_certificate_is_shown_and_used_by_what_starts_later(
     assert fetch(f"{course.notebook_url(second)}login", context=new).status == 200
     course.server(first).kill()
     course.notebook(first)
+
+
+def test_a_webserver_that_is_being_replaced_comes_with_the_renewed_certificate(
+    course: Course, launch: Launch
+) -> None:
+    launch.helper("webserver").kill()
+    (course.directory / "notebooks.pem").unlink()
+    reload(launch)
+    assert fetch(course.url, context=course.context()).status == 200
 
 
 def test_a_new_password_counts_from_the_next_start(
