@@ -157,6 +157,7 @@ WEBSERVER_TITLE = "notebooks.py: webserver"
 # What students' processes may have, and how much of them is looked at.
 MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
 MAX_ARGV_BYTES = 1 << 14
+OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score_adj
 MAX_LOOKED_DESCRIPTORS = 1000  # of each process
 
 # Ending processes and deleting homes.
@@ -919,7 +920,8 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
         )
     if done.returncode:
         words = done.stderr.strip() or f"exit status {done.returncode}"
-        raise Error(f"{shlex.join(argv[:1])}: {words.splitlines()[-1]}")
+        last = words.splitlines()[-1].removeprefix(f"{argv[0]}: ")
+        raise Error(f"{argv[0]}: {last}")
     return done.stdout
 
 
@@ -1962,21 +1964,19 @@ def ensure_home(account: pwd.struct_passwd) -> None:
     Raises: Error if that is somebody else's.
     """
     home = Path(account.pw_dir)
-    if not is_ours(account):
+    if not is_ours(account) or is_home_of(account):
         return
-    if not is_home_of(account):
-        if os.path.lexists(home):
-            raise Error(f"{home} is not theirs; move it away, and run setup again")
-        unfinished = home.with_name(f".{home.name}-new")
-        delete("rm", "-rf", "--", str(unfinished))
-        unfinished.mkdir(mode=0o700)
-        os.chown(unfinished, account.pw_uid, account.pw_gid)
-        if os.path.isdir("/etc/skel"):
-            root, student = Identity(0, 0, (0,)), identity_of(account)
-            source_fd = open_directory(Path("/etc/skel"), (), root)
-            destination_fd = open_directory(unfinished, (), student)
-            TreeCopy(root, student).run(source_fd, destination_fd)
-        unfinished.rename(home)
+    if os.path.lexists(home):
+        raise Error(f"{home} is not theirs; move it away, and run setup again")
+    unfinished = home.with_name(f".{home.name}-new")
+    delete("rm", "-rf", "--", str(unfinished))
+    unfinished.mkdir(mode=0o700)
+    options = ["--recursive", "--no-dereference", "--"]
+    if os.path.isdir("/etc/skel"):
+        run_program(["cp", *options, "/etc/skel/.", str(unfinished)])
+    owner = f"{account.pw_uid}:{account.pw_gid}"
+    run_program(["chown", *options, owner, str(unfinished)])
+    unfinished.rename(home)
 
 
 def is_home_of(account: pwd.struct_passwd) -> bool:
@@ -2610,6 +2610,7 @@ def run_server(request: ServerRequest, listener: socket.socket) -> None:
     context = Certificate(Path(request.cert_file), Path(request.key_file)).context()
     ensure_config_dir()
     resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
+    Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     allow_all_descriptors()
     setproctitle.setproctitle(SERVER_TITLE + request.username)
     os.setsid()
@@ -3021,11 +3022,16 @@ def allow_all_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def raise_descriptor_limit(count: int) -> None:
-    """Allow the descriptors that so many servers need: two each, more at the start.
+def ensure_capacity(course: Course) -> None:
+    """Allow the descriptors that all servers need: two each, more at the start.
 
     Root may raise the hard limit too, unless something confines it (RLIMIT_NOFILE).
+
+    Raises: UsageError if there are too few of them, or of ports.
     """
+    config, count = course.config, len(course.students.students)
+    if config.port + count > 65535:
+        raise UsageError(f"{config.path}: [Launch] port: too few ports are above it")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = 256 + 3 * count
     if soft < need:
@@ -3070,12 +3076,8 @@ def open_servers(
 
     known: servers whose ports we hold already; they get what the list says now. The
     list is locked.
-
-    Raises: UsageError if there are too few ports.
     """
     config, students = course.config, course.students.students
-    if config.port + len(students) > 65535:
-        raise UsageError(f"{config.path}: [Launch] port: too few ports are above it")
     servers = []
     ports = assign_ports(students, config.port)
     listeners = find_listeners()
@@ -3413,7 +3415,7 @@ class Launcher:
         for helper in (self.web, self.template):
             helper.reap(deadline)
         running = self.count("running")
-        say(f"The web page has ended; {running} notebook servers run on.")
+        say(f"The web page has ended. Notebook servers that run on: {running}.")
 
     async def start_all(self, reload: asyncio.Event) -> None:
         """Start what has to run from the beginning, tell the teacher, then reload."""
@@ -3628,7 +3630,7 @@ class Launcher:
             course = course._replace(config=config)
             certificate = ensure_certificate(config)
             fingerprint = certificate.fingerprint()
-            raise_descriptor_limit(len(course.students.students))
+            ensure_capacity(course)
             with course.students.locked():
                 gone = self.servers_not_in(course.students)
                 await self.close_servers(gone)
@@ -4164,7 +4166,7 @@ def command_launch(course: Course) -> int:
         raise UsageError(
             f"{students.path}: nobody has an account and a password; run setup"
         )
-    raise_descriptor_limit(len(students.students))
+    ensure_capacity(course)
     certificate = ensure_certificate(config)
     base_listener = bind_base_port(config.port)
     outcome = Outcome()

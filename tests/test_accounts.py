@@ -5,6 +5,7 @@ import ctypes
 import grp
 import os
 import pwd
+import shutil
 import signal
 import stat
 import subprocess
@@ -118,6 +119,30 @@ def test_a_new_account_is_private_marked_and_in_the_group(course: Course) -> Non
         assert f"{username}: new\n" in output
     assert members(course.group) == {*course.students}
     assert "2 accounts made, 0 adopted, 0 kept" in output
+
+
+def test_a_new_home_has_all_that_the_skeleton_has(make_course: CourseMaker) -> None:
+    skeleton = Path("/etc/skel")
+    private, link = skeleton / "private/file", skeleton / "link"
+    private.parent.mkdir()
+    private.write_text("text")
+    private.chmod(0o600)
+    link.symlink_to("/etc/shadow")
+    try:
+        course = make_course(1)
+        course.check("setup")
+        home = course.home(course.students[0])
+        assert home.joinpath("private/file").read_text() == "text"
+        assert os.readlink(home / "link") == "/etc/shadow"
+        names = {str(path.relative_to(home)) for path in home.rglob("*")}
+        wanted = {str(path.relative_to(skeleton)) for path in skeleton.rglob("*")}
+        assert names == {*wanted, "course"}
+        uid = home.stat().st_uid
+        assert {path.lstat().st_uid for path in home.rglob("*")} == {uid}
+    finally:
+        shutil.rmtree(private.parent)
+        link.unlink()
+    assert Path("/etc/shadow").stat().st_uid == 0
 
 
 def test_the_passwords_of_the_list_work_and_are_easy_to_read(

@@ -152,7 +152,7 @@ def test_sigterm_leaves_the_notebooks_running_and_the_next_launch_adopts_them(
     before = server_pids(course)
     helpers = psutil.Process(launch.pid).children()
     assert launch.stop(signal.SIGTERM, seconds=2) == 0
-    assert "2 notebook servers run on." in launch.output
+    assert "Notebook servers that run on: 2." in launch.output
     assert not [process for process in helpers if is_ours(process)]
     with pytest.raises(ConnectionRefusedError):
         fetch(course.url)
@@ -314,7 +314,7 @@ def test_a_terminal_shows_what_runs_in_one_line(make_course: CourseMaker) -> Non
         terminal.expect(f"{course.students[0]}: the server was ended by SIGKILL")
         terminal.expect("1 running, 0 starting, 1 stopped, 0 failed")
         terminal.sendintr()
-        terminal.expect_exact("The web page has ended; 1 notebook servers run on.")
+        terminal.expect_exact("Notebook servers that run on: 1.")
         terminal.expect_exact(terminal.delimiter)
     assert terminal.exitstatus == 0
 

@@ -201,6 +201,17 @@ def test_kernels_have_the_groups_and_the_limits_of_their_student(
     assert shell(notebook, "bash -c 'ulimit -Hu'") == str(notebooks.MAX_PROCESSES)
 
 
+def test_what_students_run_ends_first_when_memory_runs_out(
+    running: Running, course: Course, student: str, notebook: Notebook
+) -> None:
+    def score(pid: object) -> str:
+        return Path(f"/proc/{pid}/oom_score_adj").read_text().strip()
+
+    assert shell(notebook, "cat /proc/self/oom_score_adj") == notebooks.OOM_SCORE
+    assert score(course.server(student).pid) == notebooks.OOM_SCORE
+    assert score(running.launch.pid) == score("self")
+
+
 def test_kernels_run_with_the_teachers_ipython_profile(notebook: Notebook) -> None:
     assert notebook.execute("given") == "'by the teacher'"
 
