@@ -737,16 +737,21 @@ def test_a_full_disk_of_the_owners_leaves_no_part_of_a_file(course: Course) -> N
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("command", ["send", "retrieve"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_retrieve_leaves_no_part_of_a_file(
-    course: Course, signum: signal.Signals
+def test_an_interrupted_copy_leaves_no_part_of_a_file(
+    course: Course, command: str, signum: signal.Signals
 ) -> None:
     course.configure(retrieve_limit="4G")
     username = course.students[0]
-    shell(username, "truncate --size 1G large; echo 1 >>large")
-    size = (course.home(username) / "course/large").stat().st_size
     stored = course.storage / username
-    process = start("retrieve", course.config)
+    source = course.home(username) / "course"
+    if command == "send":
+        source, stored = course.material, source / "material"
+    size = (300 << 20) + 1
+    with (source / "large").open("wb") as file:
+        file.truncate(size)
+    process = start(command, course.config)
 
     def copies_it() -> bool:
         with contextlib.suppress(psutil.Error):
@@ -761,10 +766,10 @@ def test_an_interrupted_retrieve_leaves_no_part_of_a_file(
         errors = interrupt(process, signum)
     assert process.returncode in (130, -signum)
     assert "Traceback" not in errors
-    parts = [name for name in names(stored) if name not in MATERIAL]
+    parts = names(stored) - names(source)
     assert len(parts) <= (signum == signal.SIGKILL)  # the next one removes it
-    course.check("retrieve")
-    assert names(stored) == {*MATERIAL, "large"}
+    course.check(command)
+    assert names(stored) == names(source)
     assert (stored / "large").stat().st_size == size
 
 

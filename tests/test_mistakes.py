@@ -1,5 +1,6 @@
 """What teachers do wrong, and what happens around them: clear words, nothing lost."""
 
+import contextlib
 import os
 import pwd
 import signal
@@ -177,6 +178,46 @@ def test_a_home_is_whole_after_a_full_disk_and_a_second_setup(course: Course) ->
         course.check("remove", "--yes")
     finally:
         subprocess.run(["umount", "--no-mtab", "/home"], check=True)
+
+
+def test_a_full_disk_below_etc_makes_and_deletes_nothing_by_half(
+    course: Course, tmp_path: Path
+) -> None:
+    """The same commands finish when there is room again."""
+    copy, size = tmp_path / "etc", "size=64M,mode=0755"
+    subprocess.run(["cp", "-a", "/etc", copy], check=True)
+    mount = ["mount", "--no-mtab", "-t", "tmpfs", "-o", size, "tmpfs", "/etc"]
+    subprocess.run(mount, check=True)
+    filling = Path("/etc/filling")
+    try:
+        subprocess.run(["cp", "-a", f"{copy}/.", "/etc"], check=True)
+        before = Path("/etc/passwd").read_text(), Path("/etc/shadow").read_text()
+        fill_disk(filling)
+        assert course.run("setup").returncode == 1
+        after = Path("/etc/passwd").read_text(), Path("/etc/shadow").read_text()
+        assert after == before
+        filling.unlink()
+        course.check("setup")
+        fill_disk(filling)
+        done = course.run("remove", "--yes")
+        assert done.returncode == 1
+        assert "2 failed" in done.stdout
+        assert all(course.home(username).is_dir() for username in course.students)
+        filling.unlink()
+        course.check("remove", "--yes")
+        assert Path("/etc/passwd").read_text() == before[0]
+        assert Path("/etc/shadow").read_text() == before[1]
+    finally:
+        subprocess.run(["umount", "--no-mtab", "/etc"], check=True)
+
+
+def fill_disk(path: Path) -> None:
+    """Leave not a byte to write."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
 
 
 def test_a_program_that_is_missing_is_named_before_anything_is_done(
