@@ -166,6 +166,9 @@ KILL_SECONDS = 10.0  # how long processes that keep forking are fought
 DELETE_SECONDS = 300.0  # for a home with millions of files
 LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
 
+# What ends us: Ctrl-C and kill(1).
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
 # Workers, which do something for one student.
 HEARTBEAT = b"."  # a sign of life
 HEARTBEAT_SECONDS = 1.0
@@ -879,7 +882,7 @@ def lock_file(path: Path) -> int:
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C and SIGTERM back until what is within has been done."""
-    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     try:
         yield
     finally:
@@ -1557,14 +1560,16 @@ def send_result(function: Callable[[Student], Any], student: Student, fd: int) -
     after its cleaning up.
     """
 
-    def handle_sigterm(*_: object) -> NoReturn:
+    def handle_end(*_: object) -> NoReturn:
+        for number in INTERRUPTS:  # a second one must not interrupt the cleaning up
+            signal.signal(number, lambda *_: None)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, handle_sigterm)
-    signal.signal(signal.SIGINT, handle_sigterm)
+    for number in INTERRUPTS:
+        signal.signal(number, handle_end)
     signal.signal(signal.SIGALRM, lambda *_: os.write(fd, HEARTBEAT))
     signal.setitimer(signal.ITIMER_REAL, HEARTBEAT_SECONDS, HEARTBEAT_SECONDS)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     try:
         result = function(student)
     except (Error, OSError) as error:
@@ -2292,7 +2297,7 @@ EXPORTS = (
     *("script", "slides", "webpdf"),
 )
 EXPORT_SECONDS = 120.0
-JUPYTER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # it handles these
+JUPYTER_SIGNALS = (*INTERRUPTS, signal.SIGUSR1)  # it handles these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2767,7 +2772,7 @@ def answer_request(fd: int) -> None:
     Runs as: root, in the fork. Everything else that the template had open is closed.
     """
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGCHLD, *INTERRUPTS):
         signal.signal(number, signal.SIG_DFL)
     close_all_but({0, 1, 2, fd})
     with socket.socket(fileno=fd) as channel:
@@ -3381,7 +3386,7 @@ class Launcher:
         """Serve until SIGTERM or Ctrl-C, and leave the notebook servers running."""
         loop = asyncio.get_running_loop()
         stop, reload = asyncio.Event(), asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in INTERRUPTS:
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, reload.set)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})

@@ -97,8 +97,13 @@ def run(
     )
 
 
-def start(*arguments: object, script: Path = NOTEBOOKS) -> "subprocess.Popen[str]":
-    """Start notebooks.py in a process group of its own; the caller waits for it."""
+def start(command: str, *options: str, config: Path) -> "subprocess.Popen[str]":
+    """Start notebooks.py in a process group of its own; the caller waits for it.
+
+    It is a copy, which is not measured: coverage's own files suffer from a signal.
+    """
+    script = Path(shutil.copy(NOTEBOOKS, config.parent))
+    arguments = (command, *options, config)
     return subprocess.Popen(
         command_line(arguments, script),
         stdin=subprocess.DEVNULL,

@@ -223,7 +223,7 @@ def test_no_command_line_shows_a_password_and_no_home_is_ever_open(
     homes = [Path("/home", username) for username in course.students]
     texts: set[bytes] = set()
     modes: set[int] = set()
-    process = start("setup", course.config)
+    process = start("setup", config=course.config)
     while process.poll() is None:
         for pid in descendants(process.pid):
             for name in ("cmdline", "environ"):
@@ -249,7 +249,7 @@ def test_an_interrupted_setup_is_finished_by_the_next_one(
 ) -> None:
     """As Ctrl-C does, or the end of power, to setup and to what it has started."""
     course = make_course(4)
-    process = start("setup", course.config)
+    process = start("setup", config=course.config)
     try:
         wait_until(lambda: "nb-pass" in course.user_list.read_text(), 20, "passwords")
         if done:
@@ -662,7 +662,7 @@ def test_an_interrupted_remove_is_finished_by_the_next_one(
     before = snapshot()
     course = make_course(8)
     course.check("setup")
-    process = start("remove", "--yes", course.config)
+    process = start("remove", "--yes", config=course.config)
     try:
         wait_until(lambda: not exists(course.students[1]), 20, "a deleted account")
     finally:

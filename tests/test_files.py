@@ -751,7 +751,7 @@ def test_an_interrupted_copy_leaves_no_part_of_a_file(
     size = (300 << 20) + 1
     with (source / "large").open("wb") as file:
         file.truncate(size)
-    process = start(command, course.config)
+    process = start(command, config=course.config)
 
     def copies_it() -> bool:
         with contextlib.suppress(psutil.Error):
