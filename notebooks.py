@@ -36,9 +36,9 @@ import argparse
 import asyncio
 import base64
 import codecs
+import collections
 import configparser
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import difflib
@@ -51,7 +51,6 @@ import hashlib
 import html
 import importlib
 import importlib.util
-import io
 import ipaddress
 import itertools
 import json
@@ -86,7 +85,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 try:
@@ -270,47 +269,6 @@ def counted(number: int, noun: str) -> str:
 # -------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What `notebooks.cfg` says, checked, with absolute paths; see OPTIONS."""
-
-    path: Path
-    user_list: Path
-    tutorial_dir: Path
-    material_dir: Path
-    password_length: int
-    group: str
-    keep_changed: bool
-    profile: str
-    cert_file: Path | None
-    key_file: Path | None
-    server_address: str
-    web_title: str
-    launch_dir: Path | None
-    port: int
-    list_students: bool
-    on_demand: bool
-    idle_minutes: int
-    idle_kernel_minutes: int
-    storage_dir: Path
-    owner: str
-    retrieve_limit: int
-
-    @property
-    def material_name(self) -> Path:
-        """Where the material is in a home, relative to it."""
-        return self.tutorial_dir / self.material_dir.name
-
-    @property
-    def start_dir(self) -> Path:
-        """Where notebooks start, relative to the home."""
-        return self.launch_dir or self.material_name
-
-
-def parse_text(text: str) -> str:
-    return text
-
-
 def parse_path(text: str) -> Path:
     """Read a path; it becomes relative to the configuration file in `read_config`."""
     if not text:
@@ -320,20 +278,17 @@ def parse_path(text: str) -> Path:
     return Path(text)
 
 
-def parse_optional_path(text: str) -> Path | None:
-    return parse_path(text) if text else None
+def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser that takes nothing, too."""
+    return lambda text: parse(text) if text else None
 
 
-def parse_home_path(text: str) -> Path:
+def parse_home_path(text: str) -> PurePath:
     """Read a path that is relative to each student's home and stays in it."""
-    path = Path(text)
+    path = PurePath(text)
     if not path.parts or path.is_absolute() or ".." in path.parts or "~" in text:
         raise ValueError("must be a directory relative to the home, such as `course`")
     return path
-
-
-def parse_optional_home_path(text: str) -> Path | None:
-    return parse_home_path(text) if text else None
 
 
 def parse_bool(text: str) -> bool:
@@ -343,14 +298,15 @@ def parse_bool(text: str) -> bool:
         raise ValueError("must be yes or no") from None
 
 
-def parse_number(low: int, high: int, text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-        raise ValueError(f"must be a whole number from {low} to {high}")
-    return int(text)
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Return a parser of numbers in that range."""
 
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
 
-def parse_minutes(text: str) -> int:
-    return parse_number(0, 100000, text)
+    return parse
 
 
 def parse_size(text: str) -> int:
@@ -374,11 +330,8 @@ def parse_profile(text: str) -> str:
 
 
 def parse_owner(text: str) -> str:
-    if text:
-        try:
-            pwd.getpwnam(text)
-        except KeyError:
-            raise ValueError("is not a user of this machine") from None
+    if text and not find_account(text):
+        raise ValueError("is not a user of this machine")
     return text
 
 
@@ -402,38 +355,61 @@ class Option(NamedTuple):
     default: str
 
 
-OPTIONS = (
-    Option("Setup", "user_list", parse_path, "students.csv"),
-    Option("Setup", "tutorial_dir", parse_home_path, "course"),
-    Option("Setup", "material_dir", parse_path, "material"),
-    Option("Setup", "password_length", functools.partial(parse_number, 8, 128), "12"),
-    Option("Setup", "group", parse_group, "students"),
-    Option("Setup", "keep_changed", parse_bool, "no"),
-    Option("Setup", "profile", parse_profile, ""),
-    Option("Launch", "cert_file", parse_optional_path, ""),
-    Option("Launch", "key_file", parse_optional_path, ""),
-    Option("Launch", "server_address", parse_address, ""),
-    Option("Launch", "web_title", parse_text, "Notebooks"),
-    Option("Launch", "launch_dir", parse_optional_home_path, ""),
-    Option("Launch", "port", functools.partial(parse_number, 1, 65535), "8888"),
-    Option("Launch", "list_students", parse_bool, "yes"),
-    Option("Launch", "on_demand", parse_bool, "no"),
-    Option("Launch", "idle_minutes", parse_minutes, "0"),
-    Option("Launch", "idle_kernel_minutes", parse_minutes, "0"),
-    Option("Shutdown", "storage_dir", parse_path, "storage"),
-    Option("Shutdown", "owner", parse_owner, ""),
-    Option("Shutdown", "retrieve_limit", parse_size, "1G"),
-)
+def setting(section: str, parse: Callable[[str], Any], default: str = "") -> Any:
+    """Return a field that a key of the configuration file sets."""
+    return dataclasses.field(metadata={"option": (section, parse, default)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What `notebooks.cfg` says, checked; paths are absolute, those in a home pure."""
+
+    path: Path
+    user_list: Path = setting("Setup", parse_path, "students.csv")
+    tutorial_dir: PurePath = setting("Setup", parse_home_path, "course")
+    material_dir: Path = setting("Setup", parse_path, "material")
+    password_length: int = setting("Setup", whole_number(8, 128), "12")
+    group: str = setting("Setup", parse_group, "students")
+    keep_changed: bool = setting("Setup", parse_bool, "no")
+    profile: str = setting("Setup", parse_profile)
+    cert_file: Path | None = setting("Launch", optional(parse_path))
+    key_file: Path | None = setting("Launch", optional(parse_path))
+    server_address: str = setting("Launch", parse_address)
+    web_title: str = setting("Launch", str, "Notebooks")
+    launch_dir: PurePath | None = setting("Launch", optional(parse_home_path))
+    port: int = setting("Launch", whole_number(1, 65535), "8888")
+    list_students: bool = setting("Launch", parse_bool, "yes")
+    on_demand: bool = setting("Launch", parse_bool, "no")
+    idle_minutes: int = setting("Launch", whole_number(0, 100000), "0")
+    idle_kernel_minutes: int = setting("Launch", whole_number(0, 100000), "0")
+    storage_dir: Path = setting("Shutdown", parse_path, "storage")
+    owner: str = setting("Shutdown", parse_owner)
+    retrieve_limit: int = setting("Shutdown", parse_size, "1G")
+
+    @property
+    def material_name(self) -> PurePath:
+        """Where the material is in a home, relative to it."""
+        return self.tutorial_dir / self.material_dir.name
+
+    @property
+    def start_dir(self) -> PurePath:
+        """Where notebooks start, relative to the home."""
+        return self.launch_dir or self.material_name
+
+
+OPTIONS = [
+    Option(section, field.name, parse, default)
+    for field in dataclasses.fields(Config)[1:]
+    for section, parse, default in [field.metadata["option"]]
+]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a hint that names the known word closest to a misspelt one."""
-    words = list(known)
-    close = difflib.get_close_matches(word.lower(), [each.lower() for each in words], 1)
-    for each in words:
-        if close and each.lower() == close[0]:
-            return f"did you mean `{each}`?"
-    return "known are " + ", ".join(words)
+    words = {each.lower(): each for each in known}
+    for close in difflib.get_close_matches(word.lower(), words, 1):
+        return f"did you mean `{words[close]}`?"
+    return "known are " + ", ".join(words.values())
 
 
 def read_ini(path: Path) -> configparser.ConfigParser:
@@ -480,20 +456,20 @@ def explain_ini(error: configparser.Error) -> str:
 
 def unknown_keys(parser: configparser.ConfigParser) -> Iterator[str]:
     """Yield what the file has that OPTIONS does not know."""
-    sections = list(dict.fromkeys(option.section for option in OPTIONS))
+    home = {option.key: option.section for option in OPTIONS}
+    sections = list(dict.fromkeys(home.values()))
     if parser.defaults():
         yield "[DEFAULT]: unknown section; " + nearest("DEFAULT", sections)
     for section in parser.sections():
         if section not in sections:
             yield f"[{section}]: unknown section; {nearest(section, sections)}"
             continue
-        keys = [option.key for option in OPTIONS if option.section == section]
         for key in parser[section]:
-            home = [option.section for option in OPTIONS if option.key == key]
-            if key not in keys and home:
-                yield f"[{section}] {key}: belongs in section [{home[0]}]"
-            elif key not in keys:
+            if key not in home:
+                keys = [each for each in home if home[each] == section]
                 yield f"[{section}] {key}: unknown key; {nearest(key, keys)}"
+            elif home[key] != section:
+                yield f"[{section}] {key}: belongs in section [{home[key]}]"
 
 
 def read_config(path: Path, problems: list[str]) -> Config:
@@ -507,7 +483,7 @@ def read_config(path: Path, problems: list[str]) -> Config:
     values: dict[str, Any] = {"path": path.absolute()}
     for section, key, parse, default in OPTIONS:
         text = parser.get(section, key, fallback=default).strip()
-        if parse is not parse_text:  # a title may be `Physics #1`
+        if parse is not str:  # a title may be `Physics #1`
             text = re.sub(r"(^|\s+)[#;].*", "", text)
         try:
             if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
@@ -516,7 +492,7 @@ def read_config(path: Path, problems: list[str]) -> Config:
         except ValueError as error:
             problems.append(f"{path}: [{section}] {key} = {text}: {error}")
             value = parse(default)
-        if isinstance(value, Path) and parse in (parse_path, parse_optional_path):
+        if isinstance(value, Path):
             value = Path(os.path.normpath(base / value))
         values[key] = value
     config = Config(**values)
@@ -536,8 +512,9 @@ def contradictions(config: Config) -> Iterator[str]:
                 f"[Setup] material_dir = {config.material_dir}: {path} lies in it,"
                 " which is not for students; make a directory with the material alone"
             )
+    low = read_login_defs("GID_MIN", 1000)
     with contextlib.suppress(KeyError):
-        if config.group and grp.getgrnam(config.group).gr_gid < first_group_id():
+        if config.group and grp.getgrnam(config.group).gr_gid < low:
             yield (
                 f"[Setup] group = {config.group}: is a group of the system, with rights"
                 " that are not for students; choose a name of your own"
@@ -609,15 +586,14 @@ class StudentList:
             raise UsageError(
                 f"{self.path}: is a workbook; save it as CSV, and name that"
             )
-        self.mark, self.encoding = detect_encoding(data)
         try:
-            text = data.removeprefix(self.mark).decode(self.encoding)
-        except UnicodeDecodeError:
-            name = self.encoding.upper()
+            self.mark, self.encoding, text = decode(data)
+        except UnicodeDecodeError as error:
+            name = error.encoding.upper()
             raise UsageError(f"{self.path}: is no {name} text; save it anew") from None
         if not text.strip() or "\0" in text:
             raise UsageError(f"{self.path}: needs a header line that names `username`")
-        self.delimiter = detect_delimiter(text)
+        self.delimiter = max(",;\t", key=text.splitlines()[0].count)
         self.records = list(split_records(text, self.delimiter, self.path))
         self.header = [unquote(cell).lower() for cell in self.records[0].cells]
         self.rows = [each for each in self.records[1:] if any(map(unquote, each.cells))]
@@ -764,10 +740,10 @@ def replace_file(path: Path, data: bytes, uid: int, gid: int) -> int:
     return fd
 
 
-def detect_encoding(data: bytes) -> tuple[bytes, str]:
-    """Return the byte-order mark, if any, and the encoding that it tells.
+def decode(data: bytes) -> tuple[bytes, str, str]:
+    """Return the byte-order mark, if any, the encoding that it tells, and the text.
 
-    Without one it is UTF-8, else what Excel writes.
+    Without one it is UTF-8, else what Excel writes. Raises: UnicodeDecodeError.
     """
     for mark, encoding in (
         (codecs.BOM_UTF8, "utf-8"),
@@ -775,18 +751,11 @@ def detect_encoding(data: bytes) -> tuple[bytes, str]:
         (codecs.BOM_UTF16_BE, "utf-16-be"),
     ):
         if data.startswith(mark):
-            return mark, encoding
+            return mark, encoding, data.removeprefix(mark).decode(encoding)
     for encoding in ("utf-8", "cp1252"):
         with contextlib.suppress(UnicodeDecodeError):
-            data.decode(encoding)
-            return b"", encoding
-    return b"", "latin-1"
-
-
-def detect_delimiter(text: str) -> str:
-    """Return what separates the column names of the first line."""
-    header = text.splitlines()[0]
-    return max(",;\t", key=header.count)
+            return b"", encoding, data.decode(encoding)
+    return b"", "latin-1", data.decode("latin-1")
 
 
 def unquote(cell: str) -> str:
@@ -798,10 +767,9 @@ def unquote(cell: str) -> str:
 
 def quote(value: str, delimiter: str, quoted: bool) -> str:
     """Return the raw cell for a value; quoted if it must be, or was before."""
-    buffer = io.StringIO()
-    csv.writer(buffer, delimiter=delimiter, lineterminator="").writerow([value, ""])
-    cell = buffer.getvalue().removesuffix(delimiter)
-    return f'"{cell}"' if quoted and not cell.startswith('"') else cell
+    if quoted or re.search(rf'["{delimiter}\r\n]', value):
+        return '"' + value.replace('"', '""') + '"'
+    return value
 
 
 def split_records(text: str, delimiter: str, path: Path) -> Iterator[Record]:
@@ -809,27 +777,23 @@ def split_records(text: str, delimiter: str, path: Path) -> Iterator[Record]:
 
     Raises: UsageError for a quote that is never closed, or text after a closing one.
     """
-    cell = re.compile(rf'(?:"(?:[^"]|"")*"|[^"{delimiter}\r\n][^{delimiter}\r\n]*|)')
-    after = re.compile(rf"{delimiter}|\r\n|\n|\r|\Z")
-    position, line, cells, start = 0, 1, [], 1
-    while position < len(text):
-        content = cell.match(text, position)
-        end = content and after.match(text, content.end())
-        if not content or not end:
+    cell = rf'("(?:[^"]|"")*"|[^"{delimiter}\r\n][^{delimiter}\r\n]*|)'
+    pattern = re.compile(rf"{cell}({delimiter}|\r\n|\n|\r|\Z)")
+    position, line, record = 0, 1, Record(1, [], "")
+    while position < len(text) or record.cells:
+        match = pattern.match(text, position)
+        if not match:
             raise UsageError(
                 f"{path}: line {line}: a quotation mark is not closed, or stands in the"
                 " middle of a cell"
             )
-        cells.append(content[0])
-        line += len(re.findall(r"\r\n|\n|\r", content[0]))
-        position = end.end()
-        if end[0] != delimiter:
-            yield Record(start, cells, end[0])
-            line += 1
-            cells, start = [], line
-        elif position == len(text):
-            yield Record(start, [*cells, ""], "")
-            cells = []
+        position = match.end()
+        line += len(re.findall(r"\r\n|\n|\r", match[0]))
+        record.cells.append(match[1])
+        if match[2] != delimiter:
+            record.end = match[2]
+            yield record
+            record = Record(line, [], "")
 
 
 def student_problems(student: Student) -> Iterator[str]:
@@ -905,7 +869,6 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
     Raises: Error if it is missing or fails, with the last line of what it said.
     """
     log.debug("running %s", shlex.join(argv))
-    environment = {"PATH": PROGRAM_PATH, "LC_ALL": "C.UTF-8"}
     program = shutil.which(argv[0], path=PROGRAM_PATH)
     if not program:
         raise Error(f"the program {argv[0]} is not installed on this machine")
@@ -916,7 +879,7 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            env=environment,
+            env={"PATH": PROGRAM_PATH, "LC_ALL": "C.UTF-8"},
             cwd="/",
             start_new_session=True,
             restore_signals=False,  # a useradd must not die of SIGPIPE if we are killed
@@ -956,15 +919,10 @@ def delete(*argv: str) -> None:
 def read_login_defs(key: str, default: int) -> int:
     """Return a number from login.defs(5)."""
     with contextlib.suppress(OSError, ValueError):
-        for line in Path("/etc/login.defs").read_text(errors="replace").splitlines():
-            words = line.split()
-            if words[:1] == [key]:
-                return int(words[1], 0)
+        text = Path("/etc/login.defs").read_text(errors="replace")
+        for number in re.findall(rf"^\s*{key}\s+(\w+)", text, re.MULTILINE):
+            return int(number, 0)
     return default
-
-
-def first_group_id() -> int:
-    return read_login_defs("GID_MIN", 1000)
 
 
 def find_account(username: str) -> pwd.struct_passwd | None:
@@ -993,32 +951,17 @@ def invoking_account() -> pwd.struct_passwd:
         return pwd.getpwuid(os.getuid())
 
 
-def is_ours(account: pwd.struct_passwd) -> bool:
+def is_ours(account: pwd.struct_passwd | None) -> bool:
     """Say whether setup made this account, so that `remove` may delete it.
 
     Source: passwd(5), GECOS subfields: full name, room, work phone, home phone, other.
     """
     return (
-        account.pw_gecos.split(",")[4:] == [MARK]
+        account is not None
+        and account.pw_gecos.split(",")[4:] == [MARK]
         and is_ordinary(account.pw_name)
         and account.pw_uid != invoking_account().pw_uid
     )
-
-
-def gecos(student: Student) -> str:
-    """Return the GECOS field of a new account, with our mark."""
-    name = "".join(
-        " " if character in ',:=\\"' or not character.isprintable() else character
-        for character in student.full_name
-    )
-    return f"{name},,,,{MARK}"
-
-
-def ensure_group(group: str) -> None:
-    try:
-        grp.getgrnam(group)
-    except KeyError:
-        run_program(["groupadd", "--", group])
 
 
 def ensure_account(student: Student, group: str) -> str:
@@ -1034,17 +977,17 @@ def ensure_account(student: Student, group: str) -> str:
         if os.path.lexists(home):
             raise Error(f"{home} exists without an account; move it away first")
         groups = ["--groups", group] if group else []
+        name = re.sub(r'[,:=\\"]', " ", printable(student.full_name))
         try:
             run_program(
                 ["useradd", "--no-create-home", "--home-dir", str(home), "--user-group"]
                 # No subordinate ids (subuid(5)): what runs under them is hard to find.
                 + ["--key", "SUB_UID_COUNT=0", "--key", "SUB_GID_COUNT=0"]
                 + ["--shell", "/bin/bash", *groups]
-                + ["--comment", gecos(student), "--", student.username]
+                + ["--comment", f"{name},,,,{MARK}", "--", student.username]
             )
         except Error:  # unless a setup that was killed had just called it
-            account = find_account(student.username)
-            if not account or not is_ours(account):
+            if not is_ours(find_account(student.username)):
                 raise
         return "new"
     if is_ours(account) and is_closed(student.username):  # by a remove that failed
@@ -1056,34 +999,30 @@ def ensure_account(student: Student, group: str) -> str:
     return "kept"
 
 
-def accounts_without_password() -> set[str]:
-    """Return the accounts that useradd made and nobody gave a password (shadow(5)).
-
-    `!` before a password is something else: somebody has locked that account.
-    """
-    lines = Path("/etc/shadow").read_text().splitlines()
-    return {line.split(":")[0] for line in lines if line.split(":")[1:2] == ["!"]}
+def read_shadow(username: str) -> list[str]:
+    """Return the fields of an account, if it has any: shadow(5)."""
+    for line in Path("/etc/shadow").read_text().splitlines():
+        if line.startswith(f"{username}:"):
+            return line.split(":")
+    return []
 
 
 def is_closed(username: str) -> bool:
-    """Say whether `remove_account` has closed this account (shadow(5), field 8)."""
-    lines = Path("/etc/shadow").read_text().splitlines()
-    fields = [line.split(":") for line in lines if line.startswith(f"{username}:")]
-    return any(field[7:8] == ["1"] for field in fields)
+    """Say whether `end_account` has closed this account."""
+    return read_shadow(username)[7:8] == ["1"]
 
 
 def set_missing_passwords(students: Iterable[Student]) -> None:
     """Give our accounts that have no system password the one in the list.
 
-    All go through one pipe, since anyone can read arguments.
+    `!` before a password is something else: somebody has locked that account. All go
+    through one pipe, since anyone can read arguments.
     """
-    without = accounts_without_password()
     lines = "".join(
         f"{student.username}:{student.sys_pass}\n"
         for student in students
-        if student.username in without
-        and (account := find_account(student.username))
-        and is_ours(account)
+        if read_shadow(student.username)[1:2] == ["!"]
+        and is_ours(find_account(student.username))
     )
     if lines:
         run_program(["chpasswd"], lines)
@@ -1100,8 +1039,11 @@ def end_account(account: pwd.struct_passwd) -> None:
 
     Raises: Error if processes or mounts are in the way.
     """
-    for mount in mounts_below(account.pw_dir):
-        raise Error(f"something is mounted at {mount!r}; umount it, then remove again")
+    for _, mount, *_ in psutil.disk_partitions(all=True):
+        if Path(account.pw_dir) in Path(mount).parents:  # userdel would empty it
+            raise Error(
+                f"something is mounted at {mount!r}; umount it, then remove again"
+            )
     run_program(["usermod", "--expiredate", "1", "--", account.pw_name])
     Path("/var/spool/cron/crontabs", account.pw_name).unlink(missing_ok=True)
     kill_everything(account)
@@ -1150,15 +1092,6 @@ def delete_public_files(uids: Collection[int]) -> None:
                     run_program(["ipcrm", option, line.split()[1]])
 
 
-def mounts_below(directory: str) -> list[str]:
-    """Return the mount points inside a directory, which userdel would empty."""
-    return [
-        mount.mountpoint
-        for mount in psutil.disk_partitions(all=True)
-        if os.path.normpath(mount.mountpoint).startswith(directory.rstrip("/") + "/")
-    ]
-
-
 def leave_group(username: str, group: str) -> None:
     with contextlib.suppress(KeyError):
         if username in grp.getgrnam(group).gr_mem:
@@ -1166,16 +1099,12 @@ def leave_group(username: str, group: str) -> None:
 
 
 def remove_empty_group(group: str) -> bool:
-    """Delete the group when nobody is in it and it is not one of the system's."""
-    try:
-        entry = grp.getgrnam(group)
-    except KeyError:
-        return False
-    primary = any(account.pw_gid == entry.gr_gid for account in pwd.getpwall())
-    if entry.gr_mem or primary or entry.gr_gid < first_group_id():
-        return False
-    run_program(["groupdel", "--", group])
-    return True
+    """Delete the group when nobody is in it: groupdel refuses a primary one."""
+    with contextlib.suppress(KeyError, Error):
+        if not grp.getgrnam(group).gr_mem:
+            run_program(["groupdel", "--", group])
+            return True
+    return False
 
 
 # -------------------------------------------------------------------------------------
@@ -1235,58 +1164,45 @@ def drop_privileges(identity: Identity) -> None:
         raise RuntimeError(f"still has ids {ids} and groups {groups}")
 
 
-def obstacle_for_students(account: pwd.struct_passwd) -> str | None:
-    """Return the first file or directory of our software that a user cannot reach.
-
-    Students' kernels are executed with this interpreter and its libraries, with the
-    students' own rights.
-    """
-    targets = [sys.executable, os.__file__, shutil.__file__]
-    for package in ("notebook", "ipykernel", "zmq"):
-        spec = importlib.util.find_spec(package)
-        if spec and spec.origin:
-            targets.append(spec.origin)
-    with acting_as(identity_of(account)):
-        for target in targets:
-            for path in (target, os.path.realpath(target)):
-                for step in (*reversed(Path(path).parents), Path(path)):
-                    need = os.X_OK if step.is_dir() else os.R_OK
-                    if not os.access(step, need, effective_ids=True):
-                        return str(step)
-    return None
-
-
 def check_reachable() -> None:
-    """Refuse to go on with an interpreter that students cannot execute.
+    """Refuse to go on with software that students cannot execute and read.
 
-    Raises: UsageError that names the first directory in the way.
+    Their kernels are executed with this interpreter and its libraries, as them.
+
+    Raises: UsageError that names the first file or directory in the way.
     """
-    if not importlib.util.find_spec("notebook"):
+    specs = map(importlib.util.find_spec, ("notebook", "ipykernel", "zmq"))
+    origins = [spec.origin for spec in specs if spec and spec.origin]
+    if len(origins) < 3:
         raise UsageError(
             f"{sys.executable} has no Jupyter Notebook; run the notebooks.py that"
             " `sudo make install` puts into /usr/local/bin"
         )
-    step = obstacle_for_students(pwd.getpwnam("nobody"))
-    if step:
-        raise UsageError(
-            f"students cannot execute {sys.executable}: {step} is closed to them;"
-            " install notebooks.py where everyone may read, as `sudo make install` does"
-            " (into /opt/notebooks), and run that"
-        )
+    targets = [sys.executable, os.__file__, shutil.__file__, *origins]
+    with acting_as(identity_of(pwd.getpwnam("nobody"))):
+        for path in (*targets, *map(os.path.realpath, targets)):
+            for step in (*reversed(Path(path).parents), Path(path)):
+                need = os.X_OK if step.is_dir() else os.R_OK
+                if not os.access(step, need, effective_ids=True):
+                    raise UsageError(
+                        f"students cannot execute {sys.executable}: {step} is closed to"
+                        " them; install notebooks.py where everyone may read, as `sudo"
+                        " make install` does (into /opt/notebooks), and run that"
+                    )
 
 
 # -------------------------------------------------------------------------------------
 # Processes of students
 # -------------------------------------------------------------------------------------
 
-# What a command line runs at the root of a tree of Jupyter's processes, besides our
-# servers, which have their title, and kernels of any language with a connection file.
-JUPYTER_PROGRAMS = {
-    *("jupyter-notebook", "jupyter-lab", "jupyter-server", "jupyter-nbclassic"),
-    *("jupyter-kernel", "notebook", "jupyterlab", "jupyter_server", "nbclassic"),
-    *("ipykernel", "ipykernel_launcher"),
-}
-JUPYTER_COMMANDS = {"notebook", "lab", "server", "nbclassic", "kernel"}
+# What a command line runs at the root of a tree of Jupyter's processes, itself or by a
+# Python as a script or module; besides our servers, which have their title, and kernels
+# of any language with a connection file.
+JUPYTER = re.compile(
+    r"(([^\0]*/)?python[\d.]*\0(-[^\0]*\0)*)?([^\0]*/)?"
+    r"(jupyter[-\0](notebook|lab|server|nbclassic|kernel)|notebook|jupyterlab"
+    r"|jupyter_server|nbclassic|ipykernel|ipykernel_launcher)(\0|\Z)"
+)
 CONNECTION_FILE = re.compile(rf"{re.escape(str(RUNTIME_DIR))}/\d+/kernel-.*\.json")
 
 
@@ -1301,24 +1217,12 @@ def read_argv(pid: int) -> list[str]:
     return []
 
 
-def program_words(argv: Sequence[str]) -> list[str]:
-    """Return a command line from the program on: a Python's module or script counts."""
-    words = list(argv) or [""]
-    if re.fullmatch(r"python[\d.]*", os.path.basename(words[0])):
-        for position, word in enumerate(words[1:], 1):
-            if word == "-m" or not word.startswith("-"):
-                words = words[position + (word == "-m") :] or [""]
-                break
-    return [os.path.basename(words[0]), *words[1:]]
-
-
 def is_jupyter(argv: Sequence[str]) -> bool:
     """Say whether a command line is that of a notebook server or of a kernel."""
-    program, *rest = program_words(argv)
+    line = "\0".join(argv)
     return (
-        program in JUPYTER_PROGRAMS
-        or (program == "jupyter" and bool(rest) and rest[0] in JUPYTER_COMMANDS)
-        or " ".join(argv).startswith(SERVER_TITLE)
+        line.startswith(SERVER_TITLE)
+        or JUPYTER.match(line) is not None
         or any(map(CONNECTION_FILE.fullmatch, argv))
     )
 
@@ -1542,15 +1446,13 @@ def spawn_worker(function: Callable[[Student], Any], student: Student) -> Worker
         if pid:
             os.close(write_fd)
             return Worker(student, pid, read_fd)
-        status = 1
         try:
             close_all_but({0, 1, 2, write_fd})
             send_result(function, student, write_fd)
-            status = 0
         except Exception:
             traceback.print_exc()
         finally:
-            os._exit(status)
+            os._exit(0)
 
 
 def send_result(function: Callable[[Student], Any], student: Student, fd: int) -> None:
@@ -1593,6 +1495,7 @@ def close_all_but(fds: set[int]) -> None:
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK a FIFO, or a file with a lease on it (fcntl(2)), would hold us up.
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+NOWHERE = os.devnull  # in the place of a directory: nothing is found in it
 # What copy_file_range(2) says where it does not work, and a full disk (write(2)).
 NOT_SHARED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -1615,9 +1518,9 @@ class CopyReport:
 
     def add(self, other: "CopyReport") -> None:
         """Add the numbers of another report."""
-        for name, value in dataclasses.asdict(other).items():
+        for name, value in vars(other).items():
             if isinstance(value, int):
-                setattr(self, name, getattr(self, name) + value)
+                vars(self)[name] += value
 
     def fail(self, path: Path, error: OSError) -> None:
         self.failed += 1
@@ -1662,11 +1565,8 @@ def open_directory(
                 if create:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(part, 0o700, dir_fd=fd)
-                parent, fd = fd, -1
-                try:
-                    fd = os.open(part, DIRECTORY_FLAGS, dir_fd=parent)
-                finally:
-                    os.close(parent)
+                parent, fd = fd, os.open(part, DIRECTORY_FLAGS, dir_fd=fd)
+                os.close(parent)
         except NotADirectoryError:
             raise Error(
                 f"{str(path)!r} is a link or a file, not a directory: not followed"
@@ -1682,9 +1582,8 @@ def copy_data(source_fd: int, destination_fd: int, size: int) -> int:
     copy_file_range(2) shares extents where the file system can; sendfile(2) works
     between any two.
     """
-    copied = 0
-    sharing = True
-    while copied < size:
+    copied, count, sharing = 0, 1, True
+    while count and copied < size:
         wanted = min(size - copied, COPY_CHUNK_BYTES)
         try:
             if sharing:
@@ -1695,10 +1594,8 @@ def copy_data(source_fd: int, destination_fd: int, size: int) -> int:
             if not sharing or copied or error.errno not in NOT_SHARED:
                 raise
             sharing = False
-            continue
-        if count == 0:
-            break
-        copied += count
+        else:
+            copied += count
     return copied
 
 
@@ -1714,6 +1611,7 @@ def same_content(first_fd: int, second_fd: int) -> bool:
         offset += len(first)
 
 
+@dataclasses.dataclass
 class TreeCopy:
     """A recursive copy that reads as one user and writes as another.
 
@@ -1723,42 +1621,41 @@ class TreeCopy:
     renamed over it: there is never half a file, and a link there is replaced.
     """
 
-    def __init__(
+    reader: Identity
+    writer: Identity
+    backup: bool = False  # keep what differs and is overwritten as `name.~1~` and so on
+    limit: int | None = None  # in bytes; each file counts ENTRY_BYTES at least
+    wanted: Callable[[Path], bool] = lambda path: True  # of relative paths
+    dry_run: bool = False  # only count
+    report: CopyReport = dataclasses.field(default_factory=CopyReport)
+    device: int = -1
+
+    def run(
         self,
-        reader: Identity,
-        writer: Identity,
-        backup: bool = False,
-        limit: int | None = None,
-        wanted: Callable[[Path], bool] = lambda path: True,
-        dry_run: bool = False,
-    ) -> None:
-        """Prepare a copy.
+        source: Path,
+        source_parts: Iterable[str],
+        destination: Path,
+        parts: Iterable[str],
+    ) -> CopyReport:
+        """Copy what is in one directory into another, which is made if it is missing.
 
-        backup: what is overwritten with something else is kept as `name.~1~` and so on.
-        limit: in bytes of all files of the source, each of which counts ENTRY_BYTES at
-        least. wanted: which relative paths to copy. dry_run: only count.
+        Each is a path and the parts below it that are not followed if they are links.
+
+        Raises: Error if one cannot be opened, or the destination can take no more.
         """
-        self.reader = reader
-        self.writer = writer
-        self.backup = backup
-        self.limit = limit
-        self.wanted = wanted
-        self.dry_run = dry_run
-        self.report = CopyReport()
-        self.device = -1
-
-    def run(self, source_fd: int, destination_fd: int) -> CopyReport:
-        """Copy what is in one directory into another; both are closed.
-
-        Raises: Error if the destination can take no more.
-        """
-        try:
+        with contextlib.ExitStack() as stack:
+            source_fd = open_directory(source, source_parts, self.reader)
+            stack.callback(os.close, source_fd)
+            try:
+                create = not self.dry_run
+                destination_fd = open_directory(destination, parts, self.writer, create)
+            except Error:
+                if not self.dry_run:
+                    raise
+                destination_fd = os.open(NOWHERE, os.O_PATH)
+            stack.callback(os.close, destination_fd)
             self.device = os.fstat(source_fd).st_dev
             self.copy_directory(source_fd, destination_fd, Path())
-        finally:
-            os.close(source_fd)
-            if destination_fd >= 0:
-                os.close(destination_fd)
         return self.report
 
     def charge(self, size: int) -> bool:
@@ -1775,7 +1672,7 @@ class TreeCopy:
         self.report.over_limit = self.report.over_limit or str(path)
 
     def copy_directory(self, source_fd: int, destination_fd: int, path: Path) -> None:
-        if destination_fd >= 0 and not self.dry_run:
+        if not self.dry_run:
             self.remove_parts(destination_fd)
         with os.scandir(source_fd) as entries:
             for entry in entries:
@@ -1794,30 +1691,28 @@ class TreeCopy:
 
     def remove_parts(self, directory_fd: int) -> None:
         """Remove what a copy that was killed has left in a directory."""
-        with acting_as(self.writer):
-            for name in os.listdir(directory_fd):
-                if name.startswith(PART_PREFIX):
+        with acting_as(self.writer), os.scandir(directory_fd) as entries:
+            for entry in entries:  # a list could be very long
+                if entry.name.startswith(PART_PREFIX):
                     with contextlib.suppress(OSError):
-                        os.unlink(name, dir_fd=directory_fd)
+                        os.unlink(entry.name, dir_fd=directory_fd)
 
     def copy_entry(
         self, entry: "os.DirEntry[str]", source_fd: int, destination_fd: int, path: Path
     ) -> None:
         """Copy one entry of a directory, if it is something that is copied."""
-        is_directory = entry.is_dir(follow_symlinks=False)
-        if not is_directory and not entry.is_file(follow_symlinks=False):
+        if not (
+            entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
+        ):
             self.report.skipped += 1
             return
         with acting_as(self.reader):
-            flags = DIRECTORY_FLAGS if is_directory else FILE_FLAGS
-            fd = os.open(entry.name, flags, dir_fd=source_fd)
+            fd = os.open(entry.name, FILE_FLAGS, dir_fd=source_fd)
         try:
             info = os.fstat(fd)
-            if stat.S_ISDIR(info.st_mode):
-                if info.st_dev != self.device or len(path.parts) >= MAX_DEPTH:
-                    self.report.skipped += 1
-                else:
-                    self.enter_directory(entry.name, info, fd, destination_fd, path)
+            deeper = info.st_dev == self.device and len(path.parts) < MAX_DEPTH
+            if stat.S_ISDIR(info.st_mode) and deeper:
+                self.enter_directory(entry.name, info, fd, destination_fd, path)
             elif not stat.S_ISREG(info.st_mode):
                 self.report.skipped += 1
             elif not self.charge(max(info.st_size - ENTRY_BYTES, 0)):
@@ -1831,31 +1726,27 @@ class TreeCopy:
         self, name: str, info: os.stat_result, fd: int, destination_fd: int, path: Path
     ) -> None:
         """Copy a directory into one of the same name, made if it is missing."""
-        inner_fd = -1
         with acting_as(self.writer):
-            if not self.dry_run:
-                self.ensure_directory(name, destination_fd)
-            if destination_fd >= 0:
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    inner_fd = os.open(name, DIRECTORY_FLAGS, dir_fd=destination_fd)
+            inner_fd = self.open_inner(name, destination_fd)
         try:
             self.copy_directory(fd, inner_fd, path / name)
             if not self.dry_run:
                 with acting_as(self.writer):
                     os.fchmod(inner_fd, info.st_mode & 0o777 | 0o700)
         finally:
-            if inner_fd >= 0:
-                os.close(inner_fd)
+            os.close(inner_fd)
 
-    def ensure_directory(self, name: str, destination_fd: int) -> None:
-        """Make a directory; what else has that name is moved aside, links too."""
+    def open_inner(self, name: str, destination_fd: int) -> int:
+        """Open a directory, or make it; what else has that name is moved aside."""
         try:
-            os.mkdir(name, 0o700, dir_fd=destination_fd)
-        except FileExistsError:
-            info = os.stat(name, dir_fd=destination_fd, follow_symlinks=False)
-            if not stat.S_ISDIR(info.st_mode):
+            return os.open(name, DIRECTORY_FLAGS, dir_fd=destination_fd)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if self.dry_run:
+                return os.open(NOWHERE, os.O_PATH)
+            if isinstance(error, NotADirectoryError):  # links too
                 self.move_aside(name, destination_fd)
-                os.mkdir(name, 0o700, dir_fd=destination_fd)
+        os.mkdir(name, 0o700, dir_fd=destination_fd)
+        return os.open(name, DIRECTORY_FLAGS, dir_fd=destination_fd)
 
     def move_aside(self, name: str, directory_fd: int) -> None:
         """Rename a file or directory to the first of `name.~1~`... that is free."""
@@ -1880,11 +1771,9 @@ class TreeCopy:
         A file with another's size and modification time, to the nanosecond, is taken to
         be unchanged. Blocked: a directory is in its place. Runs as: the writer.
         """
-        if destination_fd < 0:
-            return "new"
         try:
             old_fd = os.open(name, FILE_FLAGS, dir_fd=destination_fd)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return "new"
         except OSError:
             return "updated"
@@ -1911,12 +1800,7 @@ class TreeCopy:
             if change != "unchanged" and not self.dry_run:
                 aside = change == "blocked" or change == "updated" and self.backup
                 self.replace_file(name, info, fd, destination_fd, aside)
-        if change == "unchanged":
-            self.report.unchanged += 1
-        elif change == "new":
-            self.report.new += 1
-        else:
-            self.report.updated += 1
+        vars(self.report)["updated" if change == "blocked" else change] += 1
 
     def replace_file(
         self,
@@ -1998,54 +1882,38 @@ def profile_dir(profile: str) -> Path:
     return Path(invoking_account().pw_dir, ".ipython", f"profile_{profile}")
 
 
-def copy_profile(profile: str, account: pwd.struct_passwd) -> CopyReport:
-    """Give a student the invoking user's IPython profile."""
-    source = profile_dir(profile)
-    reader, writer = identity_of(invoking_account()), identity_of(account)
-    source_fd = open_directory(source, (), reader)
-    try:
-        destination_fd = open_directory(
-            Path(account.pw_dir), source.parts[-2:], writer, create=True
-        )
-    except Error:
-        os.close(source_fd)
-        raise
-    return TreeCopy(reader, writer, wanted=is_profile_file).run(
-        source_fd, destination_fd
-    )
+def ensure_config_dir() -> None:
+    """Make the directories of root's that all servers need.
 
-
-def ensure_closed_dir(directory: Path) -> None:
-    """Make a directory of root's that others may pass through but not list.
-
-    Who can read a directory can keep it locked, and root waiting for it.
+    Others may pass through the upper one but not list it: who can read a directory can
+    keep it locked, and root waiting for it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    directory.chmod(0o711)
+    CONFIG_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
+    RUNTIME_DIR.chmod(0o711)
+    # Without this file jupyter_core takes the directory for one of IPython 3's.
+    (CONFIG_DIR / "migrated").touch(mode=0o644)
 
 
-def ensure_runtime_dir(account: pwd.struct_passwd) -> Path:
+def ensure_runtime_dir(account: pwd.struct_passwd) -> None:
     """Make the private directory of a student's runtime files."""
+    ensure_config_dir()
     directory = RUNTIME_DIR / str(account.pw_uid)
-    ensure_closed_dir(RUNTIME_DIR)
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
     if os.lstat(directory).st_uid != account.pw_uid:
         os.chown(directory, account.pw_uid, account.pw_gid, follow_symlinks=False)
-    return directory
 
 
 def clear_runtime_dir(student: Student) -> None:
     """Remove what servers and kernels of a student's have left."""
     directory = RUNTIME_DIR / str(pwd.getpwnam(student.username).pw_uid)
     with contextlib.suppress(FileNotFoundError):
-        fd = os.open(directory, DIRECTORY_FLAGS)
-        for name in os.listdir(fd):
-            with contextlib.suppress(OSError):  # a directory: theirs, not a kernel's
-                os.unlink(name, dir_fd=fd)
-        os.close(fd)
+        with os.scandir(directory) as entries:  # a list could be very long
+            for entry in entries:
+                with contextlib.suppress(OSError):  # a directory: not a kernel's
+                    os.unlink(entry.path)
         with contextlib.suppress(OSError):
-            os.rmdir(directory)
+            directory.rmdir()
         clear_empty_runtime_dir()
 
 
@@ -2072,35 +1940,31 @@ class Certificate(NamedTuple):
 
         Raises: UsageError that says what is wrong with the files.
         """
-        texts = []
-        for path in self:
-            try:
-                texts.append(path.read_text("latin-1"))
-            except OSError as error:
-                raise UsageError(
-                    f"{path}: the certificate or its key cannot be read:"
-                    f" {error.strerror}; see the keys cert_file and key_file"
-                ) from None
+        try:
+            cert_text, key_text = (path.read_text("latin-1") for path in self)
+        except OSError as error:
+            raise UsageError(
+                f"{error.filename}: the certificate or its key cannot be read:"
+                f" {error.strerror}; see the keys cert_file and key_file"
+            ) from None
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
             context.load_cert_chain(self.cert_file, self.key_file, lambda: b"")
         except (ssl.SSLError, ValueError) as error:
-            fault = self.fault(texts[0], texts[1], error)
+            fault = self.fault(cert_text, key_text, error)
             raise UsageError(f"{self.cert_file}: {fault}") from None
         return context
 
     def fault(self, cert_text: str, key_text: str, error: Exception) -> str:
         """Say why OpenSSL refused the certificate or the key."""
-        reason = getattr(error, "reason", "")
+        reason = getattr(error, "reason", None) or ""
         if "BEGIN CERTIFICATE" not in cert_text:
             return "there is no certificate in it (PEM format)"
         if "PRIVATE KEY" not in key_text:
             return f"there is no key in {self.key_file} (PEM format); see key_file"
         if "ENCRYPTED" in key_text:
             return f"the key in {self.key_file} has a passphrase; remove that"
-        if reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH") or (
-            reason == "NO_CERTIFICATE_ASSIGNED"
-        ):
+        if reason.endswith("_MISMATCH") or reason == "NO_CERTIFICATE_ASSIGNED":
             return f"the key in {self.key_file} is another certificate's"
         return f"cannot be used for TLS: {reason or error}"
 
@@ -2117,12 +1981,6 @@ class Certificate(NamedTuple):
         """Return the SHA-256 fingerprint that browsers show."""
         command = ["openssl", "x509", "-noout", "-fingerprint", "-sha256", "-in"]
         return run_program([*command, str(self.cert_file)]).strip().partition("=")[2]
-
-    def names(self) -> set[str]:
-        """Return the subject alternative names, as openssl prints them."""
-        command = ["openssl", "x509", "-noout", "-ext", "subjectAltName", "-in"]
-        lines = run_program([*command, str(self.cert_file)]).splitlines()
-        return {name.strip() for line in lines[1:] for name in line.split(",")}
 
 
 def host_names(config: Config) -> list[str]:
@@ -2152,22 +2010,18 @@ def host_names(config: Config) -> list[str]:
 
 
 def make_certificate(path: Path, names: Sequence[str]) -> None:
-    """Write a self-signed certificate and its key into one file of mode 0600."""
-    with tempfile.TemporaryDirectory(prefix="notebooks-") as directory:
-        key, cert = Path(directory, "key.pem"), Path(directory, "cert.pem")
-        run_program(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-sha256"]
-            + ["-pkeyopt", "ec_paramgen_curve:P-256", "-days", str(CERTIFICATE_DAYS)]
-            + [
-                "-subj",
-                "/CN=notebooks.py",
-                "-addext",
-                f"subjectAltName={','.join(names)}",
-            ]
-            + ["-addext", "extendedKeyUsage=serverAuth"]
-            + ["-keyout", str(key), "-out", str(cert)]
-        )
-        os.close(replace_file(path, cert.read_bytes() + key.read_bytes(), 0, 0))
+    """Write a self-signed certificate and its key into one file of mode 0600.
+
+    Its first line, which TLS libraries skip, tells the names.
+    """
+    extension = f"subjectAltName={','.join(names)}"
+    pem = run_program(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-sha256"]
+        + ["-pkeyopt", "ec_paramgen_curve:P-256", "-days", str(CERTIFICATE_DAYS)]
+        + ["-subj", "/CN=notebooks.py", "-addext", "extendedKeyUsage=serverAuth"]
+        + ["-addext", extension, "-keyout", "-"]
+    )
+    os.close(replace_file(path, f"{extension}\n{pem}".encode(), 0, 0))
 
 
 def ensure_certificate(config: Config) -> Certificate:
@@ -2190,31 +2044,23 @@ def ensure_certificate(config: Config) -> Certificate:
             )
         return certificate
     path = config.path.parent / CERTIFICATE_NAME
-    certificate = Certificate(path, path)
-    names = host_names(config)
-    if not path.exists():
-        make_certificate(path, names)
-    try:
-        certificate.context()
-    except UsageError as error:
-        raise UsageError(f"{error}; delete it, and a new one is made") from None
-    known = {name.replace("IP Address:", "IP:") for name in certificate.names()}
-    known = {normal_name(name) for name in known}
-    missing = [name for name in names if name not in known]
-    if missing or not certificate.valid_for(CERTIFICATE_WARNING_DAYS):
-        reason = ", ".join(missing) or "its age"
+    certificate, names = Certificate(path, path), host_names(config)
+    if path.exists():
+        try:
+            certificate.context()
+        except UsageError as error:
+            raise UsageError(f"{error}; delete it, and a new one is made") from None
+        first_line = path.read_text("latin-1").partition("\n")[0]
+        known = first_line.removeprefix("subjectAltName=").split(",")
+        missing = [name for name in names if name not in known]
+        if not missing and certificate.valid_for(CERTIFICATE_WARNING_DAYS):
+            return certificate
         log.warning(
             "%s: made anew for %s; notebooks that run keep the old one until shutdown",
-            *(path, reason),
+            *(path, ", ".join(missing) or "its age"),
         )
-        make_certificate(path, names)
+    make_certificate(path, names)
     return certificate
-
-
-def normal_name(name: str) -> str:
-    """Write an address of a certificate as `host_names` does (openssl: 0:0:...:1)."""
-    kind, _, value = name.partition(":")
-    return f"IP:{ipaddress.ip_address(value)}" if kind == "IP" else name
 
 
 # -------------------------------------------------------------------------------------
@@ -2239,7 +2085,7 @@ def send_message(
 def receive_message(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Receive one message; its descriptors are closed on exec.
 
-    Raises: EOFError if the other side is gone.
+    Raises: EOFError if the other side is gone, ValueError if it talks nonsense.
     """
     size = MAX_MESSAGE_DESCRIPTORS * 4
     try:
@@ -2256,48 +2102,30 @@ def receive_message(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
         for i in range(0, len(content), 4)
     ]
-    return json.loads(data), fds
+    try:
+        message = json.loads(data)
+    except RecursionError:
+        message = None
+    if not isinstance(message, dict):
+        raise ValueError("a message is not a JSON object")
+    return message, fds
 
 
 # -------------------------------------------------------------------------------------
 # The notebook server of a student
 # -------------------------------------------------------------------------------------
 
-# Imported before the first fork, so that servers share it: what a running server would
-# import by and by. tests/test_server.py finds out what is missing here.
+# What a running server would import by and by, besides what `rehearse_start` does.
+# tests/test_server.py finds out what is missing here.
 SERVER_MODULES = (
-    "anyio._backends._asyncio",
-    "babel.dates",
-    "ipykernel.kernelspec",
-    "jinja2.ext",
+    *("anyio._backends._asyncio", "babel.dates", "ipykernel.kernelspec"),
     "jupyter_core.migrate",
-    "jupyter_server.kernelspecs.handlers",
-    "jupyter_server.services.api.handlers",
-    "jupyter_server.services.config.handlers",
-    "jupyter_server.services.contents.handlers",
-    "jupyter_server.services.events.handlers",
-    "jupyter_server.services.kernels.handlers",
-    "jupyter_server.services.kernelspecs.handlers",
-    "jupyter_server.services.security.handlers",
-    "jupyter_server.services.sessions.handlers",
-    "jupyter_server.services.shutdown",
-    "jupyter_server.view.handlers",
-    "jupyter_server_terminals.api_handlers",
-    "jupyter_server_terminals.app",
-    "jupyterlab.labapp",
-    "notebook.app",
-    "notebook_shim.nbserver",
-    "terminado.management",
-    "tornado.platform.asyncio",
 )
-
-
 EXPORTS = (
     *("asciidoc", "html", "latex", "markdown", "notebook", "pdf", "python", "rst"),
     *("script", "slides", "webpdf"),
 )
 EXPORT_SECONDS = 120.0
-JUPYTER_SIGNALS = (*INTERRUPTS, signal.SIGUSR1)  # it handles these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2305,14 +2133,13 @@ class ServerRequest:
     """All that a student's server is told.
 
     Shapes: crosses the process boundary as a JSON object. `password` is a hash in
-    Jupyter's format, `cookie_secret` hexadecimal.
+    Jupyter's format.
     """
 
     username: str
     port: int
     url: str
     password: str
-    cookie_secret: str
     start_dir: str
     profile: str
     idle_seconds: int
@@ -2372,10 +2199,9 @@ def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
             "root_dir": str(start_dir if start_dir.is_dir() else account.pw_dir),
             "open_browser": False,
             "allow_remote_access": True,
-            "cookie_secret": bytes.fromhex(request.cookie_secret),
+            "cookie_secret": secrets.token_bytes(32),  # no older cookie is good
             "terminado_settings": {"shell_command": [account.pw_shell, "-l"]},
             "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
-            "config_manager_class": config_manager_class(config_dir),
             "kernel_spec_manager_class": kernel_spec_manager_class(request.profile),
             "shutdown_no_activity_timeout": request.idle_seconds,
         },
@@ -2410,17 +2236,6 @@ def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
     )
 
 
-def config_manager_class(config_dir: Path) -> type:
-    """Return a manager that keeps the front end's settings in the student's home."""
-    from jupyter_server.services.config.manager import ConfigManager
-
-    class StudentConfigManager(ConfigManager):
-        def _default_write_config_dir(self) -> str:
-            return str(config_dir / self.config_dir_name)
-
-    return StudentConfigManager
-
-
 def kernel_spec_manager_class(profile: str) -> type:
     """Return a manager whose Python kernels run with an IPython profile."""
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
@@ -2434,23 +2249,6 @@ def kernel_spec_manager_class(profile: str) -> type:
             return spec
 
     return StudentKernelSpecManager
-
-
-def server_class() -> type:
-    """Return a ServerApp that never runs nbconvert itself.
-
-    The templates of nbconvert are Python in disguise, and are looked up in the
-    student's home: they would run in a process that holds the host's key.
-    """
-    from jupyter_server.serverapp import ServerApp
-
-    class StudentServerApp(ServerApp):
-        name = "notebook"
-        default_services: tuple[str, ...] = tuple(  # type: ignore[assignment]
-            service for service in ServerApp.default_services if service != "nbconvert"
-        )
-
-    return StudentServerApp
 
 
 def export_handlers(base_url: str) -> list[tuple[str, type]]:
@@ -2513,9 +2311,10 @@ async def export_notebook(export_format: str, source: str) -> tuple[str, bytes]:
     Raises: Error with the last line of what nbconvert said.
     """
     with tempfile.TemporaryDirectory() as directory:
+        output_dir = os.path.join(directory, "export")
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "nbconvert", "--to", export_format),
-            *("--output-dir", directory, "--", source),
+            *("--output-dir", output_dir, "--", source),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             cwd=directory,
@@ -2525,25 +2324,16 @@ async def export_notebook(export_format: str, source: str) -> tuple[str, bytes]:
         except asyncio.TimeoutError:
             process.kill()
             raise Error(f"it took more than {EXPORT_SECONDS:.0f} seconds") from None
-        names = os.listdir(directory)
-        if process.returncode or not names:
+        if process.returncode:
             lines = words.decode(errors="replace").strip().splitlines() or ["no output"]
             raise Error(lines[-1])
+        names = os.listdir(output_dir)
         if len(names) == 1:
-            return names[0], Path(directory, names[0]).read_bytes()
-        with tempfile.TemporaryDirectory() as zip_directory:
-            base = os.path.join(zip_directory, "export")
-            zipped = await asyncio.to_thread(
-                shutil.make_archive, base, "zip", directory
-            )
-            return f"{Path(source).stem}.zip", Path(zipped).read_bytes()
-
-
-def ensure_config_dir() -> None:
-    ensure_closed_dir(RUNTIME_DIR)
-    CONFIG_DIR.mkdir(mode=0o755, exist_ok=True)
-    # Without this file jupyter_core takes the directory for one of IPython 3's.
-    (CONFIG_DIR / "migrated").touch(mode=0o644)
+            return names[0], Path(output_dir, names[0]).read_bytes()
+        zipped = await asyncio.to_thread(
+            shutil.make_archive, output_dir, "zip", output_dir
+        )
+        return f"{Path(source).stem}.zip", Path(zipped).read_bytes()
 
 
 def make_server(request: ServerRequest, account: pwd.struct_passwd) -> Any:
@@ -2552,43 +2342,40 @@ def make_server(request: ServerRequest, account: pwd.struct_passwd) -> Any:
     Runs as: the student, in the directory `/`. The configuration directory is root's
     while Jupyter looks for Python to execute; terminals and kernels do not see that.
     """
+    from jupyter_server.serverapp import ServerApp
+
     os.environ["JUPYTER_CONFIG_DIR"] = str(CONFIG_DIR)
     # The trash directory was worked out from the template's HOME at import.
     importlib.reload(sys.modules["send2trash.plat_other"])
-    app = server_class()(config=server_settings(request, account))
+    app: Any = ServerApp(config=server_settings(request, account))
+    app.name = "notebook"
+    # The templates of nbconvert are Python in disguise, and are looked up in the home:
+    # they would run in this process, which holds the host's key.
+    app.default_services = [x for x in app.default_services if x != "nbconvert"]
     app.no_browser_open_file = True
     app.initialize(argv=[], new_httpserver=False)
+    settings = Path(account.pw_dir, ".jupyter", app.config_manager.config_dir_name)
+    app.config_manager.write_config_dir = str(settings)
     app.web_app.add_handlers(".*$", export_handlers(app.base_url))
     del os.environ["JUPYTER_CONFIG_DIR"]
     return app
 
 
-def open_server_log() -> int:
-    """Return a descriptor of the log in the student's home, or of /dev/null.
+def move_output_to_log() -> None:
+    """Leave the terminal on which the launcher watched the start for a log in the home.
 
     Runs as: the student. A FIFO or a link in its place neither blocks nor leads away.
+    The terminal may have been closed already, so that a flush would fail (EIO).
     """
+    log_fd = null_fd = os.open(os.devnull, os.O_RDWR)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
     with contextlib.suppress(OSError):
         fd = os.open(Path.home() / SERVER_LOG, flags, 0o600)
         if stat.S_ISREG(os.fstat(fd).st_mode):
             os.truncate(fd, 0)
-            return fd
-        os.close(fd)
-    return os.open(os.devnull, os.O_WRONLY)
-
-
-def move_output_to_log() -> None:
-    """Leave the terminal on which the launcher watched the start.
-
-    It may have been closed already, so that a flush would fail (EIO).
-    """
-    log_fd = open_server_log()
-    null_fd = os.open(os.devnull, os.O_RDONLY)
+            log_fd = fd
     for fd, target in ((null_fd, 0), (log_fd, 1), (log_fd, 2)):
         os.dup2(fd, target)
-    os.close(log_fd)
-    os.close(null_fd)
 
 
 def leave_session_keyring() -> None:
@@ -2613,10 +2400,8 @@ def run_server(request: ServerRequest, listener: socket.socket) -> None:
 
     account = pwd.getpwnam(request.username)
     context = Certificate(Path(request.cert_file), Path(request.key_file)).context()
-    ensure_config_dir()
     resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
     Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
-    allow_all_descriptors()
     setproctitle.setproctitle(SERVER_TITLE + request.username)
     os.setsid()
     drop_privileges(identity_of(account))
@@ -2671,10 +2456,8 @@ def rehearse_start() -> None:
     ensure_config_dir()
     home = tempfile.mkdtemp(prefix=f"{TEMPLATE_HOME.name}-", dir=RUNTIME_DIR)
     account = pwd.struct_passwd(("", "", 0, 0, "", home, "/bin/sh"))
-    request = ServerRequest("rehearsal", 0, "", "-", "00", ".", "", 0, 0, "", "")
-    environment = dict(os.environ)
-    os.environ["HOME"] = home
-    handlers = {number: signal.getsignal(number) for number in JUPYTER_SIGNALS}
+    request = ServerRequest("rehearsal", 0, "", "-", ".", "", 0, 0, "", "")
+    os.environ["HOME"] = home  # run_server sets the whole environment anew
     logging.disable(logging.CRITICAL)
     app = make_server(request, account)
     app.io_loop.run_sync(functools.partial(rehearse_visit, app))
@@ -2682,10 +2465,8 @@ def rehearse_start() -> None:
     for minor in range(nbformat.current_nbformat_minor + 1):  # compiles the schemas
         nbformat.validate({**notebook, "nbformat_minor": minor})
     logging.disable(logging.NOTSET)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    os.environ.clear()
-    os.environ.update(environment)
+    for number in (*INTERRUPTS, signal.SIGUSR1):  # Jupyter handles these
+        signal.signal(number, signal.SIG_DFL)
     GatewayClient.clear_instance()
     IOLoop.current().close()
     asyncio.set_event_loop(None)
@@ -2772,8 +2553,7 @@ def answer_request(fd: int) -> None:
     Runs as: root, in the fork. Everything else that the template had open is closed.
     """
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGCHLD, *INTERRUPTS):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     close_all_but({0, 1, 2, fd})
     with socket.socket(fileno=fd) as channel:
         try:
@@ -2806,7 +2586,7 @@ def explain_exit(wait_status: int) -> str:
     if code >= 0:
         return f"ended with exit status {code}"
     hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
-    return f"was ended by {signal.Signals(-code).name}{hint}"
+    return f"was ended by signal {-code} ({signal.strsignal(-code)}){hint}"
 
 
 # -------------------------------------------------------------------------------------
@@ -2893,14 +2673,12 @@ def with_accounts(course: "Course", outcome: Outcome) -> list[Student]:
 def warn_of_strays(course: "Course") -> None:
     """Name members of the group who have an account of ours, but no row."""
     with contextlib.suppress(KeyError):
-        members = grp.getgrnam(course.config.group).gr_mem
-        accounts = map(find_account, sorted(set(members)))
-        for account in accounts:
-            if account and is_ours(account) and account.pw_name not in course.students:
+        for name in sorted(set(grp.getgrnam(course.config.group).gr_mem)):
+            if name not in course.students and is_ours(find_account(name)):
                 log.warning(
                     "%s has an account that setup made, but no row in %s; to remove it,"
                     " put the row back",
-                    *(account.pw_name, course.students.path),
+                    *(name, course.students.path),
                 )
 
 
@@ -2914,17 +2692,13 @@ def assign_ports(students: Sequence[Student], base: int) -> dict[str, int]:
 
     It is the one in the list if it is unique and in range, else the lowest free one.
     """
-    last = base + len(students)
-    wanted = [int(each.port) for each in students if each.port]
-    kept = {
-        each.username: int(each.port)
-        for each in students
-        if each.port
-        and base < int(each.port) <= last
-        and wanted.count(int(each.port)) < 2
-    }
-    free = iter(sorted(set(range(base + 1, last + 1)) - set(kept.values())))
-    return {each.username: kept.get(each.username) or next(free) for each in students}
+    wanted = {each.username: int(each.port or 0) for each in students}
+    uses = collections.Counter(wanted.values())
+    ports = range(base + 1, base + len(students) + 1)
+    kept = {name: port for name, port in wanted.items() if uses[port] == 1}
+    kept = {name: port for name, port in kept.items() if port in ports}
+    free = iter(sorted({*ports} - {*kept.values()}))
+    return {name: kept.get(name) or next(free) for name in wanted}
 
 
 def bind_port(port: int) -> socket.socket:
@@ -3021,32 +2795,26 @@ def take_listener(
     return None
 
 
-def allow_all_descriptors() -> None:
-    """Allow a server on the network as many connections as the system does."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def ensure_capacity(course: Course) -> None:
     """Allow the descriptors that all servers need: two each, more at the start.
 
-    Root may raise the hard limit too, unless something confines it (RLIMIT_NOFILE).
+    Our helpers and servers get as many: on the network as the system allows. Root may
+    raise the hard limit too, unless something confines it (RLIMIT_NOFILE).
 
     Raises: UsageError if there are too few of them, or of ports.
     """
     config, count = course.config, len(course.students.students)
     if config.port + count > 65535:
         raise UsageError(f"{config.path}: [Launch] port: too few ports are above it")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = 256 + 3 * count
-    if soft < need:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (need, max(need, hard)))
-        except (OSError, ValueError):
-            raise UsageError(
-                f"{count} students need {need} open files, only {hard} are allowed:"
-                f" run `ulimit -n {need}` before, or set LimitNOFILE in the unit file"
-            ) from None
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(need, hard), max(need, hard)))
+    except (OSError, ValueError):
+        raise UsageError(
+            f"{count} students need {need} open files, only {hard} are allowed: run"
+            f" `ulimit -n {need}` before, or set LimitNOFILE in the unit file"
+        ) from None
 
 
 # -------------------------------------------------------------------------------------
@@ -3166,39 +2934,85 @@ class Helper:
         self.on_start = on_start
         self.on_message = on_message
         self.ready = asyncio.Event()
-        self.broken = asyncio.Event()
         self.failures = 0
         self.proven = False
-        self.stopping = False
+        self.replaced = False
 
-    def start(self) -> None:
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with contextlib.suppress(PermissionError):  # in a container: 200 kB will do
-            self.channel.setsockopt(
-                socket.SOL_SOCKET, SO_SNDBUFFORCE, MAX_MESSAGE_BYTES
-            )
-        try:
-            with theirs:
-                self.process = subprocess.Popen(
-                    script_command(self.role, str(theirs.fileno())),
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    cwd="/",
-                    env={
-                        "PATH": PROGRAM_PATH,
-                        "HOME": str(TEMPLATE_HOME),
-                        "LANG": os.environ.get("LANG", "C.UTF-8"),
-                    },
-                    start_new_session=True,
-                )
-        except OSError as error:  # too little memory, or too many processes
-            self.channel.close()
+    async def run(self) -> None:
+        """Keep the process running until this is cancelled.
+
+        What fails is tried again after a delay that doubles. Raises: Error or OSError
+        if it cannot be started even once.
+        """
+        while True:
+            reason = "ended"
+            try:
+                await self.run_once()
+            except OSError as error:  # too little memory, or too many processes
+                if not self.proven:
+                    raise
+                reason = f"could not be started: {explain(error)}"
             if not self.proven:
-                raise
-            self.start_later(f"could not be started: {explain(error)}")
-            return
-        asyncio.get_running_loop().add_reader(self.channel, self.handle_message)
-        self.on_start()
+                raise Error(f"the {self.role} cannot start; what it said is above")
+            if self.replaced:
+                self.replaced = False
+                continue
+            delay = restart_delay(self.failures)
+            self.failures += 1
+            log.error(
+                "the %s %s; starting it again in %.0f s", self.role, reason, delay
+            )
+            await asyncio.sleep(delay)
+
+    async def run_once(self) -> None:
+        """Start the process and take what it says until it ends, or talks nonsense."""
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with self.channel, theirs:
+            with contextlib.suppress(PermissionError):  # in a container: 200 kB will do
+                self.channel.setsockopt(
+                    socket.SOL_SOCKET, SO_SNDBUFFORCE, MAX_MESSAGE_BYTES
+                )
+            self.process = subprocess.Popen(
+                script_command(self.role, str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                cwd="/",
+                env={
+                    "PATH": PROGRAM_PATH,
+                    "HOME": str(TEMPLATE_HOME),
+                    "LANG": os.environ.get("LANG", "C.UTF-8"),
+                },
+                start_new_session=True,
+            )
+            theirs.close()
+            try:
+                self.on_start()
+                while True:
+                    await wait_readable(self.channel.fileno())
+                    self.handle_message(*receive_message(self.channel))
+            except (EOFError, ValueError):
+                pass
+            finally:
+                self.ready.clear()
+                self.channel.close()
+                self.reap()
+
+    def handle_message(self, message: dict[str, Any], fds: Sequence[int]) -> None:
+        for fd in fds:  # none is expected; one must not fill our table with them
+            os.close(fd)
+        if message.get("ready"):
+            self.ready.set()
+            self.proven = True
+            self.failures = 0
+        self.on_message(message)
+
+    def reap(self) -> None:
+        """Wait for the end of the process, whose channel is closed, or kill it."""
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
     def tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Send a message; a helper that cannot take it at once hangs, and is ended."""
@@ -3208,65 +3022,13 @@ class Helper:
             send_message(self.channel, message, fds, socket.MSG_DONTWAIT)
         except OSError as error:
             log.error("the %s does not listen: %s", self.role, error)
-            self.process.kill()  # handle_message sees its end
+            self.process.kill()  # run_once sees its end
 
-    def handle_message(self) -> None:
-        try:
-            message, fds = receive_message(self.channel)
-        except EOFError:
-            self.handle_end()
-            return
-        for fd in fds:  # none is expected; one must not fill our table with them
-            os.close(fd)
-        if message.get("ready"):
-            self.ready.set()
-            self.proven = True
-            self.failures = 0
-        self.on_message(message)
-
-    def handle_end(self) -> None:
-        """Start the process again, unless it never was ready or has to end."""
-        self.close()
-        self.ready.clear()
-        if not self.proven:
-            log.error("the %s cannot start; what it said is above", self.role)
-            self.broken.set()
-        elif not self.stopping:
-            self.start_later("ended")
-
-    def start_later(self, reason: str) -> None:
-        """Start the process after a delay that doubles while that fails."""
-        delay = restart_delay(self.failures)
-        self.failures += 1
-        log.error("the %s %s; starting it again in %.0f s", self.role, reason, delay)
-        asyncio.get_running_loop().call_later(delay, self.start)
-
-    def close(self) -> None:
-        """Close our end of the channel and end the process at once."""
-        asyncio.get_running_loop().remove_reader(self.channel)
-        self.channel.close()
-        self.process.kill()
-        self.process.wait()
-
-    def restart(self) -> None:
+    def replace(self) -> None:
+        """Start the process anew, with what it is told now."""
         if self.channel.fileno() >= 0:  # else it is waiting to be started again
-            self.close()
-            self.start()
-
-    def stop(self) -> None:
-        """Let the process end: it sees our end of the channel close."""
-        self.stopping = True
-        if self.channel.fileno() >= 0:  # else it is waiting to be started again
-            asyncio.get_running_loop().remove_reader(self.channel)
-            self.channel.close()
-
-    def reap(self, deadline: float) -> None:
-        """Wait for the end of a process that was stopped; kill it at the deadline."""
-        try:
-            self.process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
+            self.replaced = True
             self.process.kill()
-            self.process.wait()
 
 
 def restart_delay(failures: int) -> float:
@@ -3280,19 +3042,12 @@ async def wait_readable(fd: int, seconds: float | None = None) -> None:
     Raises: asyncio.TimeoutError.
     """
     loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-
-    def handle_readable() -> None:
-        loop.remove_reader(fd)
-        readable.set_result(None)
-
-    loop.add_reader(fd, handle_readable)
+    readable = asyncio.Event()
+    loop.add_reader(fd, readable.set)
     try:
-        done, _ = await asyncio.wait({readable}, timeout=seconds)
+        await asyncio.wait_for(readable.wait(), seconds)
     finally:
         loop.remove_reader(fd)
-    if not done:
-        raise asyncio.TimeoutError
 
 
 async def end_tasks(tasks: Iterable["asyncio.Task[Any]"]) -> None:
@@ -3301,7 +3056,10 @@ async def end_tasks(tasks: Iterable["asyncio.Task[Any]"]) -> None:
     while pending:
         for task in pending:
             task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=0.5)
+        done, pending = await asyncio.wait(pending, timeout=0.5)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # or asyncio complains that nobody has looked at it
 
 
 def release_memory() -> None:
@@ -3347,7 +3105,6 @@ def server_request(
         port=server.port,
         url=f"https://{host}:{server.port}/{server.username}/",
         password=hash_password(server.student.nb_pass),
-        cookie_secret=secrets.token_hex(32),
         start_dir=str(config.start_dir),
         profile=config.profile,
         idle_seconds=config.idle_minutes * 60,
@@ -3390,37 +3147,24 @@ class Launcher:
             loop.add_signal_handler(number, stop.set)
         loop.add_signal_handler(signal.SIGHUP, reload.set)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        self.template.start()
-        self.web.start()
-        work = [
-            loop.create_task(each)
-            for each in (self.start_all(reload), self.show_status())
-        ]
+        status = loop.create_task(self.show_status())
         ends = [
-            loop.create_task(event.wait())
-            for event in (stop, self.template.broken, self.web.broken)
+            loop.create_task(each)
+            for each in (
+                *(stop.wait(), self.start_all(reload)),
+                *(self.template.run(), self.web.run()),
+            )
         ]
-        await asyncio.wait([work[0], *ends], return_when=asyncio.FIRST_COMPLETED)
-        if work[0].done():
-            work[0].result()  # raises what went wrong in it
-        await self.end([*work, *ends])
-        if not stop.is_set():
-            return 1
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        tend = [server.task for server in self.servers.values() if server.task]
+        await end_tasks([status, *ends, *tend])
+        running = self.count("running")
+        say(f"The web page has ended. Notebook servers that run on: {running}.")
+        for task in done:
+            task.result()  # raises what went wrong in it
         if not self.announced:
             return Interrupted.exit_status
         return 1 if self.count("failed") else 0
-
-    async def end(self, tasks: Sequence["asyncio.Task[Any]"]) -> None:
-        """End everything but the notebook servers."""
-        tend = [server.task for server in self.servers.values() if server.task]
-        await end_tasks([*tasks, *tend])
-        deadline = time.monotonic() + STOP_SECONDS
-        for helper in (self.web, self.template):
-            helper.stop()
-        for helper in (self.web, self.template):
-            helper.reap(deadline)
-        running = self.count("running")
-        say(f"The web page has ended. Notebook servers that run on: {running}.")
 
     async def start_all(self, reload: asyncio.Event) -> None:
         """Start what has to run from the beginning, tell the teacher, then reload."""
@@ -3478,16 +3222,19 @@ class Launcher:
     def brief_webserver(self) -> None:
         """Tell the webserver what it shows; passwords are not part of that."""
         config = self.config
+        rows = [
+            (server.username, server.student.full_name[:100], server.port)
+            for server in self.servers.values()
+        ]
+        rows.sort(key=lambda row: row[1] or row[0])  # by what is shown of them
         message = {
             "title": config.web_title,
             "address": config.server_address,
-            "list_students": config.list_students,
+            "port": config.port,
             "cert_file": str(self.certificate.cert_file),
             "key_file": str(self.certificate.key_file),
-            "students": [
-                [server.username, server.student.full_name[:100], server.port]
-                for server in self.servers.values()
-            ],
+            "shown": rows if config.list_students else [],
+            "ports": {username: port for username, _, port in rows},
         }
         self.web.tell(message, [self.base_listener.fileno()])
 
@@ -3508,10 +3255,9 @@ class Launcher:
                     await wait_readable(server.listener.fileno())
                 wanted = False
                 await self.start(server)
-                server.settled.set()
+            server.settled.set()
             started = time.monotonic()
             if server.state == "running":
-                server.settled.set()
                 await wait_readable(server.pid_fd)
                 os.close(server.pid_fd)
                 server.pid_fd, server.pid = -1, 0
@@ -3657,7 +3403,7 @@ class Launcher:
             self.brief_webserver()
         else:
             self.fingerprint = fingerprint
-            self.web.restart()
+            self.web.replace()
         say(f"Reloaded: {counted(len(new), 'student')} came, {len(gone)} left.")
 
     def servers_not_in(self, students: StudentList) -> list[Server]:
@@ -3701,9 +3447,8 @@ def memory_of_users(uids: Iterable[int]) -> int:
     total = 0
     for processes in processes_by_uid(uids).values():
         for process in processes:
-            with contextlib.suppress(OSError):
-                text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-                total += int(text.partition("\nPss:")[2].split()[0]) * 1024
+            with contextlib.suppress(OSError, psutil.Error):
+                total += process.memory_full_info().pss
     return total
 
 
@@ -3788,29 +3533,6 @@ def landing_page(
     return make_page(title, FORM + (f"<ul>\n{rows}</ul>" if rows else ""), message)
 
 
-@dataclasses.dataclass
-class Site:
-    """What the webserver shows; the launcher tells it anew when that changes."""
-
-    title: str
-    address: str
-    list_students: bool
-    students: dict[str, tuple[str, str, int]]
-
-    @property
-    def shown(self) -> list[tuple[str, str, int]]:
-        """Return the students on the page, in the order of what is shown of them."""
-        students = self.students.values() if self.list_students else ()
-        return sorted(students, key=lambda row: row[1] or row[0])
-
-
-def read_brief(message: dict[str, Any]) -> Site:
-    students = {row[0]: (row[0], row[1], row[2]) for row in message["students"]}
-    return Site(
-        message["title"], message["address"], message["list_students"], students
-    )
-
-
 async def is_answered(port: int) -> bool:
     """Say whether a notebook server answers on a port within VISIT_SECONDS.
 
@@ -3827,8 +3549,11 @@ async def is_answered(port: int) -> bool:
     return True
 
 
-def page_handler(site: Site) -> type:
-    """Return the handler of all requests to the base port."""
+def page_handler(site: dict[str, Any]) -> type:
+    """Return the handler of all requests to the base port.
+
+    site: what the launcher has told last; see `Launcher.brief_webserver`.
+    """
     from tornado import web
 
     class PageHandler(web.RequestHandler):
@@ -3839,31 +3564,36 @@ def page_handler(site: Site) -> type:
             self.set_header("Cache-Control", "no-store")
             self.clear_header("Server")
 
+        def prepare(self) -> None:
+            if self.request.protocol == "http":
+                address = f"{visited_host(self.request)}:{site['port']}"
+                self.redirect(f"https://{address}{self.request.uri}", status=307)
+
         async def get(self, path: str) -> None:
             """Show the page, or lead /USERNAME/anything to the student's server."""
             username, _, rest = path.partition("/")
             asked = self.get_query_argument("username", None)
             if not path and asked is None:
-                await self.finish(landing_page(site.title, site.shown))
+                await self.finish(landing_page(site["title"], site["shown"]))
                 return
             if not path:
                 username = asked.strip().lower() if asked else ""
-            if username not in site.students:
+            if username not in site["ports"]:
                 self.set_status(404)
                 message = f"Nobody here has the user name “{username}”."
-                await self.finish(landing_page(site.title, site.shown, message))
-            elif not await is_answered(site.students[username][2]):
+                await self.finish(landing_page(site["title"], site["shown"], message))
+            elif not await is_answered(site["ports"][username]):
                 self.set_status(503)
                 self.set_header("Refresh", "1")  # the same address again
-                await self.finish(make_page(site.title, "", STARTING))
+                await self.finish(make_page(site["title"], "", STARTING))
             else:
                 query = f"?{self.request.query}" if path and self.request.query else ""
                 self.lead_to(username, urllib.parse.quote(rest) + query)
 
         def lead_to(self, username: str, target: str) -> None:
-            address = site.address or visited_host(self.request)
+            address = site["address"] or visited_host(self.request)
             host = address.replace("{username}", username)
-            port = site.students[username][2]
+            port = site["ports"][username]
             self.redirect(f"https://{host}:{port}/{username}/{target}")
 
     return PageHandler
@@ -3877,7 +3607,7 @@ def visited_host(request: Any) -> str:
 
 
 async def serve_web_page(
-    channel: socket.socket, message: dict[str, Any], context: ssl.SSLContext, fd: int
+    channel: socket.socket, site: dict[str, Any], context: ssl.SSLContext, fd: int
 ) -> None:
     """Serve the base port until the launcher is gone: TLS, or a redirect to it.
 
@@ -3885,27 +3615,14 @@ async def serve_web_page(
     """
     from tornado import httpserver, iostream, tcpserver, web
 
-    site = read_brief(message)
-    listener = socket.socket(fileno=fd)
-    port = listener.getsockname()[1]
-
-    class SecureRedirectHandler(web.RequestHandler):
-        def prepare(self) -> None:
-            host = visited_host(self.request)
-            self.redirect(f"https://{host}:{port}{self.request.uri}", status=307)
-
-    limits: dict[str, Any] = {
-        "no_keep_alive": True,
-        "idle_connection_timeout": PAGE_SECONDS,
-        "body_timeout": PAGE_SECONDS,
-        "max_header_size": 16384,
-        "max_body_size": 1024,
-    }
-    secure = httpserver.HTTPServer(
-        web.Application([(r"/(.*)", page_handler(site))]), **limits
+    server = httpserver.HTTPServer(
+        web.Application([(r"/(.*)", page_handler(site))]),
+        no_keep_alive=True,
+        idle_connection_timeout=PAGE_SECONDS,
+        body_timeout=PAGE_SECONDS,
+        max_header_size=16384,
+        max_body_size=1024,
     )
-    redirect = web.Application([(r"/.*", SecureRedirectHandler)])
-    plain = httpserver.HTTPServer(redirect, **limits)
 
     class FirstByteServer(tcpserver.TCPServer):
         async def handle_stream(
@@ -3916,14 +3633,13 @@ async def serve_web_page(
                 first = stream.socket.recv(1, socket.MSG_PEEK)
                 if first == b"\x16":
                     handshake = stream.start_tls(True, context)
-                    tls_stream = await asyncio.wait_for(handshake, PAGE_SECONDS)
-                    secure.handle_stream(tls_stream, address)
-                else:
-                    plain.handle_stream(stream, address)
+                    stream = await asyncio.wait_for(handshake, PAGE_SECONDS)
+                server.handle_stream(stream, address)
             except (OSError, asyncio.TimeoutError, iostream.StreamClosedError):
                 if stream.socket:  # else start_tls has it, and has closed it
                     stream.close()
 
+    listener = socket.socket(fileno=fd)
     listener.setblocking(False)
     FirstByteServer().add_socket(listener)
     with contextlib.suppress(OSError):  # the launcher is gone: seen below
@@ -3931,7 +3647,7 @@ async def serve_web_page(
     await follow_launcher(channel, site)
 
 
-async def follow_launcher(channel: socket.socket, site: Site) -> None:
+async def follow_launcher(channel: socket.socket, site: dict[str, Any]) -> None:
     """Take what the launcher tells until it is gone."""
     while True:
         await wait_readable(channel.fileno())
@@ -3941,7 +3657,7 @@ async def follow_launcher(channel: socket.socket, site: Site) -> None:
             return
         for fd in fds:  # the listening socket, again
             os.close(fd)
-        vars(site).update(vars(read_brief(message)))
+        site.update(message)
 
 
 def run_webserver(channel: socket.socket) -> None:
@@ -3952,7 +3668,6 @@ def run_webserver(channel: socket.socket) -> None:
     """
     setproctitle.setproctitle(WEBSERVER_TITLE)
     logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
-    allow_all_descriptors()
     try:
         message, (fd,) = receive_message(channel)
     except EOFError:
@@ -3988,7 +3703,7 @@ def command_setup(course: Course) -> int:
     with students.locked():
         renewed = prepare_passwords(config, students)
         if config.group:
-            ensure_group(config.group)
+            run_program(["groupadd", "--force", "--", config.group])
         done = ensure_accounts(config, students.students, outcome)
         furnish = functools.partial(furnish_home, config)
         results = for_each_student(furnish, done)
@@ -4049,11 +3764,13 @@ def furnish_home(config: Config, student: Student) -> None:
     """Make the home and the tutorial directory in it, and copy the IPython profile."""
     account = pwd.getpwnam(student.username)
     ensure_home(account)
-    parts = config.tutorial_dir.parts
-    fd = open_directory(Path(account.pw_dir), parts, identity_of(account), create=True)
-    os.close(fd)
-    if config.profile and profile_dir(config.profile).is_dir():
-        problem = copy_profile(config.profile, account).problem
+    home, writer = Path(account.pw_dir), identity_of(account)
+    open_directory(home, config.tutorial_dir.parts, writer, create=True)
+    source = profile_dir(config.profile)
+    if config.profile and source.is_dir():
+        reader = identity_of(invoking_account())
+        copy = TreeCopy(reader, writer, wanted=is_profile_file)
+        problem = copy.run(source, (), home, source.parts[-2:]).problem
         if problem:
             raise Error(f"the IPython profile: {problem}")
 
@@ -4062,15 +3779,9 @@ def send_to(config: Config, student: Student) -> CopyReport:
     """Copy the material into one home."""
     account = pwd.getpwnam(student.username)
     reader, writer = identity_of(invoking_account()), identity_of(account)
-    parts = config.material_name.parts
-    source_fd = open_directory(config.material_dir, (), reader)
-    try:
-        destination_fd = open_directory(Path(account.pw_dir), parts, writer, True)
-    except Error:
-        os.close(source_fd)
-        raise
     copy = TreeCopy(reader, writer, backup=config.keep_changed)
-    return copy.run(source_fd, destination_fd)
+    parts = config.material_name.parts
+    return copy.run(config.material_dir, (), Path(account.pw_dir), parts)
 
 
 def command_send(course: Course) -> int:
@@ -4093,25 +3804,18 @@ def retrieve_from(
     config: Config, student: Student, dry_run: bool = False
 ) -> CopyReport:
     """Copy one student's tutorial directory into the storage, or count what that is."""
-    account = pwd.getpwnam(student.username)
-    owner = identity_of(storage_owner(config))
-    reader = identity_of(account)
-    tutorial_dir = Path(account.pw_dir, config.tutorial_dir)
-    if config.storage_dir.is_relative_to(tutorial_dir):
+    home = Path(pwd.getpwnam(student.username).pw_dir)
+    if config.storage_dir.is_relative_to(home / config.tutorial_dir):
         raise Error("storage_dir lies in what is to be retrieved; set another")
-    source_fd = open_directory(Path(account.pw_dir), config.tutorial_dir.parts, reader)
-    destination_fd = -1
-    try:
-        destination_fd = open_directory(
-            config.storage_dir, (student.username,), owner, create=not dry_run
-        )
-    except Error:
-        if not dry_run:
-            os.close(source_fd)
-            raise
-    limit = config.retrieve_limit
-    copy = TreeCopy(reader, owner, backup=True, limit=limit, dry_run=dry_run)
-    return copy.run(source_fd, destination_fd)
+    copy = TreeCopy(
+        reader=identity_of(pwd.getpwnam(student.username)),
+        writer=identity_of(storage_owner(config)),
+        backup=True,
+        limit=config.retrieve_limit,
+        dry_run=dry_run,
+    )
+    parts = config.tutorial_dir.parts
+    return copy.run(home, parts, config.storage_dir, (student.username,))
 
 
 def command_retrieve(course: Course) -> int:
@@ -4239,7 +3943,7 @@ def command_remove(course: Course) -> int:
     warn_of_strays(course)
     outcome = Outcome()
     present = [x for x in students.students if find_account(x.username)]
-    ours = [x for x in present if is_ours(pwd.getpwnam(x.username))]
+    ours = [x for x in present if is_ours(find_account(x.username))]
     others = [x for x in present if x not in ours]
     if present:
         describe_removal(config, ours, others)
@@ -4248,7 +3952,9 @@ def command_remove(course: Course) -> int:
         confirm(f"Delete {accounts} and everything in their homes?")
     with students.locked():
         # What has changed since the question: fewer may be deleted, but no others.
-        ended = end_accounts([x for x in ours if is_listed(x, students)], outcome)
+        ours = [x for x in ours if x.username in students]
+        ours = [x for x in ours if is_ours(find_account(x.username))]
+        ended = end_accounts(ours, outcome)
         deleted = 0
         for student in progress(ended, len(ended), "remove"):
             students.forget(student.username)
@@ -4270,12 +3976,6 @@ def command_remove(course: Course) -> int:
         f"{counted(deleted, 'account')} deleted, {len(others)} left"
         f"{f', group {config.group} deleted' if group else ''}."
     )
-
-
-def is_listed(student: Student, students: StudentList) -> bool:
-    """Say whether a student still has a row and an account of ours."""
-    account = find_account(student.username)
-    return student.username in students and account is not None and is_ours(account)
 
 
 def end_accounts(students: Sequence[Student], outcome: Outcome) -> list[Student]:
@@ -4337,18 +4037,16 @@ def directory_bytes(fd: int, deadline: float, depth: int = 0) -> int:
     Closes `fd`.
     """
     total = 0
-    try:
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                if time.monotonic() > deadline:
-                    break
-                with contextlib.suppress(OSError):
-                    total += entry.stat(follow_symlinks=False).st_blocks * 512
-                    if entry.is_dir(follow_symlinks=False) and depth < MAX_DEPTH:
-                        inner = os.open(entry.name, DIRECTORY_FLAGS, dir_fd=fd)
-                        total += directory_bytes(inner, deadline, depth + 1)
-    finally:
-        os.close(fd)
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            if time.monotonic() > deadline:
+                break
+            with contextlib.suppress(OSError):
+                total += entry.stat(follow_symlinks=False).st_blocks * 512
+                if entry.is_dir(follow_symlinks=False) and depth < MAX_DEPTH:
+                    inner = os.open(entry.name, DIRECTORY_FLAGS, dir_fd=fd)
+                    total += directory_bytes(inner, deadline, depth + 1)
+    os.close(fd)
     return total
 
 
@@ -4376,18 +4074,13 @@ def confirm(question: str) -> None:
 # -------------------------------------------------------------------------------------
 
 
-class Command(NamedTuple):
-    run: Callable[[Course], int]
-    text: str
-
-
-COMMANDS = {
-    "setup": Command(command_setup, "make the accounts and passwords"),
-    "send": Command(command_send, "copy the material into each account"),
-    "launch": Command(command_launch, "start the notebooks and the web page"),
-    "shutdown": Command(command_shutdown, "end the students' notebooks and kernels"),
-    "retrieve": Command(command_retrieve, "copy the students' work into the storage"),
-    "remove": Command(command_remove, "delete the accounts that setup made"),
+COMMANDS: dict[str, Callable[[Course], int]] = {
+    "setup": command_setup,
+    "send": command_send,
+    "launch": command_launch,
+    "shutdown": command_shutdown,
+    "retrieve": command_retrieve,
+    "remove": command_remove,
 }
 # What this script is executed as by the launcher, with the number of a descriptor.
 ROLES = {"template": run_template, "webserver": run_webserver}
@@ -4401,12 +4094,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(
-            name,
-            help=command.text,
-            description=f"{command.text[0].upper()}{command.text[1:]}.",
-            epilog=f"Example: sudo notebooks.py {name} course.cfg",
-        )
+        text = str(command.__doc__).partition("\n")[0]
+        example = f"Example: sudo notebooks.py {name} course.cfg"
+        sub = commands.add_parser(name, help=text, description=text, epilog=example)
         sub.add_argument(
             "config",
             nargs="?",
@@ -4458,7 +4148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command == "launch" and not sys.flags.isolated:
             os.execv(sys.executable, script_command(*arguments))
         course = load_course(options.config, getattr(options, "yes", False))
-        return COMMANDS[options.command].run(course)
+        return COMMANDS[options.command](course)
     except Error as error:
         for line in str(error).splitlines():
             log.error("%s", line)

@@ -54,7 +54,7 @@ def test_a_template_that_cannot_start_ends_launch_with_the_reason(
     course.check("setup")
     script = tmp_path / "notebooks.py"
     text = NOTEBOOKS.read_text()
-    script.write_text(text.replace('"terminado.management"', '"no_such_module"'))
+    script.write_text(text.replace('"babel.dates"', '"no_such_module"'))
     launch = course.launch(script=script)
     wait_until(lambda: launch.process.poll() is not None, 30, "the end of launch")
     assert launch.process.returncode == 1

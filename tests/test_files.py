@@ -22,16 +22,11 @@ from support import Course, interrupt, made_account, run_as, start, wait_until
 EARLIER = 1_000_000_000  # seconds since the epoch; no file of the tests is that old
 
 
-def open_both(source: Path, destination: Path) -> tuple[int, int]:
-    flags = os.O_RDONLY | os.O_DIRECTORY
-    return os.open(source, flags), os.open(destination, flags)
-
-
 def copy(source: Path, destination: Path, **options: Any) -> CopyReport:
     """Copy as the user who runs the tests."""
     me = identity_of(pwd.getpwuid(os.geteuid()))
     destination.mkdir(exist_ok=True)
-    return TreeCopy(me, me, **options).run(*open_both(source, destination))
+    return TreeCopy(me, me, **options).run(source, (), destination, ())
 
 
 def names(directory: Path) -> set[str]:

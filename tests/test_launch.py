@@ -183,7 +183,21 @@ def test_a_killed_server_comes_back_at_the_next_connection(
     course: Course, launch: Launch
 ) -> None:
     revive(course, course.students[0])
-    assert f"{course.students[0]}: the server was ended by SIGKILL" in launch.output
+    assert (
+        f"{course.students[0]}: the server was ended by signal 9 (Killed)"
+        in launch.output
+    )
+
+
+@root
+def test_a_server_may_end_by_any_signal(course: Course, launch: Launch) -> None:
+    username = course.students[0]
+    template = launch.helper("template process")
+    run_as(username, "kill", "-37", course.server(username).pid, check=True)
+    assert answers(course, username)
+    assert f"{username}: the server was ended by signal 37" in launch.output
+    assert launch.helper("template process") == template
+    assert "Traceback" not in launch.output
 
 
 @root
@@ -311,7 +325,9 @@ def test_a_terminal_shows_what_runs_in_one_line(make_course: CourseMaker) -> Non
         terminal.expect(r"2 running, 0 starting, 0 stopped, 0 failed")
         terminal.expect(r"students hold [1-9][0-9.]* MB; load [0-9.]+")
         course.server(course.students[0]).kill()
-        terminal.expect(f"{course.students[0]}: the server was ended by SIGKILL")
+        terminal.expect_exact(
+            f"{course.students[0]}: the server was ended by signal 9 (Killed)"
+        )
         terminal.expect("1 running, 0 starting, 1 stopped, 0 failed")
         terminal.sendintr()
         terminal.expect_exact("Notebook servers that run on: 1.")
