@@ -73,6 +73,7 @@ import string
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import urllib.parse
@@ -173,8 +174,8 @@ HEARTBEAT = b"."  # a sign of life
 HEARTBEAT_SECONDS = 1.0
 STUCK_SECONDS = 20.0  # without one, after which it is given up
 STUCK = (
-    "something of theirs does not answer, such as a FUSE file system; run"
-    " `notebooks.py shutdown`, end what else they run, and try again"
+    "something of theirs does not answer, such as a FUSE file system; end all they run"
+    " (su NAME -s /bin/sh -c 'kill -KILL -1'), and try again"
 )
 
 # The launcher, its helpers and the servers.
@@ -219,6 +220,10 @@ class UsageError(Error):
     exit_status = 2
 
 
+class StuckError(Error):
+    """Something of a student's keeps a process of ours from going on."""
+
+
 class BusyError(UsageError):
     """Another notebooks.py works with the list."""
 
@@ -261,7 +266,8 @@ def leave_closed_output() -> None:
 
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun in the right form."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 # -------------------------------------------------------------------------------------
@@ -1217,6 +1223,16 @@ def read_argv(pid: int) -> list[str]:
     return []
 
 
+def read_name(pid: int) -> str:
+    """Return the beginning of a process's title, or nothing.
+
+    It can be read without its memory. Source: proc(5), /proc/PID/comm: 15 bytes.
+    """
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_bytes()[:-1].decode(errors="replace")
+    return ""
+
+
 def is_jupyter(argv: Sequence[str]) -> bool:
     """Say whether a command line is that of a notebook server or of a kernel."""
     line = "\0".join(argv)
@@ -1253,26 +1269,36 @@ def processes_by_uid(uids: Iterable[int]) -> dict[int, list[psutil.Process]]:
     return found
 
 
-def jupyter_processes(
+def find_roots(processes: Iterable[psutil.Process]) -> set[int]:
+    """Return the pids of notebook servers and kernels, whoever started them.
+
+    To read a command line takes a lock on the process's memory, which a student can
+    keep for ever, as in an mmap(2) of a file in a FUSE file system of theirs.
+    """
+    return {each.pid for each in processes if is_jupyter(read_argv(each.pid))}
+
+
+def family_of(
     processes: Iterable[psutil.Process], known: set[int]
 ) -> list[psutil.Process]:
-    """Return those of one user's processes that are Jupyter's.
+    """Return those of one user's processes that are known, or relatives of these.
 
-    These are servers and kernels, whoever started them, what descends from them, and
-    what is in a session that one of these leads. An ssh login or a tmux leads its own.
-    Their pids are added to `known`, so that families are recognized without a parent.
+    Relatives are what descends from them, and what is in a session that one of them
+    leads: an ssh login or a tmux leads its own. Their pids are added to `known`, so
+    that they are recognized without a parent; so are servers that have just started.
     """
     facts = {}
     for process in processes:
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            family = {process.ppid(), os.getsid(process.pid)}
-            facts[process.pid] = process, read_argv(process.pid), family
-    found = {pid for pid, fact in facts.items() if is_jupyter(fact[1])}
-    while found - known:
-        known |= found
-        found |= {pid for pid, fact in facts.items() if fact[2] & known}
-    found |= {pid for pid, fact in facts.items() if fact[2] & known}
-    return [facts[pid][0] for pid in sorted(found)]
+            relatives = {process.pid, process.ppid(), os.getsid(process.pid)}
+            facts[process] = relatives
+            if read_name(process.pid) == SERVER_TITLE[:15]:
+                known.add(process.pid)
+    found: set[psutil.Process] = set()
+    while new := {each for each in facts if facts[each] & known} - found:
+        found |= new
+        known |= {process.pid for process in new}
+    return sorted(found, key=lambda process: process.pid)
 
 
 def signal_process(pid: int, uid: int, number: int) -> None:
@@ -1287,38 +1313,6 @@ def signal_process(pid: int, uid: int, number: int) -> None:
                 signal.pidfd_send_signal(fd, number)
         finally:
             os.close(fd)
-
-
-def stop_jupyter(uids: Sequence[int]) -> dict[int, int]:
-    """End the Jupyter processes of all these users at once.
-
-    They get SIGTERM, a grace period, then SIGKILL for as long as new ones appear.
-
-    Returns: for each uid how many are left: 0, unless its processes keep forking.
-    """
-    known: dict[int, set[int]] = {uid: set() for uid in uids}
-
-    def find_jupyter() -> dict[int, list[psutil.Process]]:
-        return {
-            uid: jupyter_processes(processes, known[uid])
-            for uid, processes in processes_by_uid(uids).items()
-        }
-
-    running = find_jupyter()
-    start = time.monotonic()
-    number = signal.SIGTERM
-    signalled: set[psutil.Process] = set()
-    while any(running.values()) and time.monotonic() < start + GRACE_SECONDS * 2:
-        if number == signal.SIGTERM and time.monotonic() > start + GRACE_SECONDS:
-            number = signal.SIGKILL
-        for uid, processes in running.items():
-            for process in processes:
-                if number == signal.SIGKILL or process not in signalled:
-                    signal_process(process.pid, uid, number)
-                    signalled.add(process)
-        time.sleep(0.1)
-        running = find_jupyter()
-    return {uid: len(processes) for uid, processes in running.items()}
 
 
 def kill_everything(account: pwd.struct_passwd) -> None:
@@ -1432,7 +1426,7 @@ def for_each_student(
                 elif worker.is_stuck():
                     del workers[worker.fd]
                     worker.end(signal.SIGKILL)
-                    yield worker.student, Error(STUCK)
+                    yield worker.student, StuckError(STUCK)
     finally:
         for worker in workers.values():
             worker.end(signal.SIGTERM)
@@ -1479,6 +1473,67 @@ def send_result(function: Callable[[Student], Any], student: Student, fd: int) -
     signal.setitimer(signal.ITIMER_REAL, 0)
     with open(fd, "wb") as file:
         pickle.dump(result, file)
+
+
+def stop_jupyter(students: Iterable[Student]) -> dict[str, str]:
+    """End the Jupyter processes of all these students at once.
+
+    Who has a process that cannot be looked at loses all of theirs.
+
+    Returns: the reason for each student with whom that failed.
+    """
+    accounts = {student: pwd.getpwnam(student.username) for student in students}
+    problems: dict[str, str] = {}
+    known: dict[int, set[int]] = {}
+    running = processes_by_uid(account.pw_uid for account in accounts.values())
+    busy = [student for student in accounts if running[accounts[student].pw_uid]]
+    for student, result in for_each_student(
+        lambda student: find_roots(running[accounts[student].pw_uid]), busy
+    ):
+        try:
+            if isinstance(result, StuckError):
+                kill_everything(accounts[student])
+            elif isinstance(result, Error):
+                raise result
+            else:
+                known[accounts[student].pw_uid] = result
+        except Error as error:
+            problems[student.username] = str(error)
+    left = end_families(known)
+    for student, account in accounts.items():
+        if left.get(account.pw_uid):
+            count = counted(left[account.pw_uid], "process")
+            problems[student.username] = f"{count} could not be ended"
+    return problems
+
+
+def end_families(known: dict[int, set[int]]) -> dict[int, int]:
+    """End processes that are known, by the uid they run under, and their families.
+
+    They get SIGTERM, a grace period, then SIGKILL for as long as new ones appear.
+
+    Returns: for each uid how many are left: 0, unless its processes keep forking.
+    """
+
+    def find_families() -> dict[int, list[psutil.Process]]:
+        running = processes_by_uid(known)
+        return {uid: family_of(running[uid], known[uid]) for uid in known}
+
+    families = find_families()
+    start = time.monotonic()
+    number = signal.SIGTERM
+    signalled: set[psutil.Process] = set()
+    while any(families.values()) and time.monotonic() < start + GRACE_SECONDS * 2:
+        if number == signal.SIGTERM and time.monotonic() > start + GRACE_SECONDS:
+            number = signal.SIGKILL
+        for uid, processes in families.items():
+            for process in processes:
+                if number == signal.SIGKILL or process not in signalled:
+                    signal_process(process.pid, uid, number)
+                    signalled.add(process)
+        time.sleep(0.1)
+        families = find_families()
+    return {uid: len(processes) for uid, processes in families.items()}
 
 
 def close_all_but(fds: set[int]) -> None:
@@ -2745,8 +2800,7 @@ def describe_holder(listeners: Listeners, port: int) -> str:
     for pid, _ in listeners.get(port, ()):
         with contextlib.suppress(ProcessLookupError, KeyError):
             user = pwd.getpwuid(read_status(pid)[0]).pw_name
-            name = printable(" ".join(read_argv(pid)))[:60]
-            return f"{name} (pid {pid}, user {user})"
+            return f"{printable(read_name(pid))} (pid {pid}, user {user})"
     return f"a process that cannot be named (`ss -tanp | grep {port}` may)"
 
 
@@ -2754,8 +2808,8 @@ def find_launcher(port: int) -> int:
     """Return the pid of the `launch` of root's that holds this base port, or 0."""
     for pid, _ in find_listeners().get(port, ()):
         with contextlib.suppress(ProcessLookupError):
-            is_launcher = " ".join(read_argv(pid)).startswith(LAUNCHER_TITLE)
-            if is_launcher and read_status(pid)[0] == 0:
+            is_root = read_status(pid)[0] == 0  # before its command line is read
+            if is_root and " ".join(read_argv(pid)).startswith(LAUNCHER_TITLE):
                 return pid
     return 0
 
@@ -3135,6 +3189,7 @@ class Launcher:
         self.servers = {server.username: server for server in servers}
         self.pids: dict[int, str] = {}
         self.announced = False
+        self.memory = 0  # of all students, in bytes
         self.starting = asyncio.Semaphore(os.cpu_count() or 1)
         self.template = Helper("template", lambda: None, self.handle_exit_report)
         self.web = Helper("webserver", self.brief_webserver, lambda _: None)
@@ -3204,20 +3259,28 @@ class Launcher:
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
 
+        threading.Thread(target=self.watch_memory, daemon=True).start()
         status = tqdm(bar_format="{desc}", file=sys.stderr, leave=False)
         with logging_redirect_tqdm(), status as line:
-            for second in itertools.count():
-                if second % MEMORY_SECONDS == 0:
-                    uids = [server.uid for server in self.servers.values()]
-                    memory = await asyncio.to_thread(memory_of_users, uids)
+            while True:
                 states = ("running", "starting", "stopped", "failed")
                 counts = ", ".join(f"{self.count(state)} {state}" for state in states)
                 text = (
-                    f"{counts}; students hold {format_bytes(memory)};"
+                    f"{counts}; students hold {format_bytes(self.memory)};"
                     f" load {os.getloadavg()[0]:.1f}"
                 )
                 line.set_description_str(text[: shutil.get_terminal_size().columns - 1])
                 await asyncio.sleep(1)
+
+    def watch_memory(self) -> None:
+        """Look again and again at what the students' processes hold.
+
+        Runs as: a thread that nobody waits for, since a student may hold it up.
+        """
+        while True:
+            uids = [server.uid for server in list(self.servers.values())]
+            self.memory = memory_of_users(uids)
+            time.sleep(MEMORY_SECONDS)
 
     def brief_webserver(self) -> None:
         """Tell the webserver what it shows; passwords are not part of that."""
@@ -3420,15 +3483,25 @@ class Launcher:
         ]
 
     async def close_servers(self, servers: Sequence[Server]) -> None:
-        """Give up the ports of students who left, and end what they run."""
+        """Give up the ports of students who left, and end their servers."""
         for server in servers:
             del self.servers[server.username]
             if server.task:
                 await end_tasks([server.task])
-            if server.pid_fd >= 0:
-                os.close(server.pid_fd)
             server.listener.close()
-        await asyncio.to_thread(stop_jupyter, [server.uid for server in servers])
+        await asyncio.gather(*map(end_server, servers))
+
+
+async def end_server(server: Server) -> None:
+    """End a server, which ends its kernels and terminals."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if server.pid_fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(server.pid_fd, number)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await wait_readable(server.pid_fd, GRACE_SECONDS)
+                os.close(server.pid_fd)
+                server.pid_fd = -1
 
 
 def visible_address(config: Config) -> str:
@@ -3913,12 +3986,10 @@ def command_shutdown(course: Course) -> int:
     warn_of_strays(course)
     outcome = Outcome()
     students = [x for x in course.students.students if find_account(x.username)]
-    uids = {x.username: pwd.getpwnam(x.username).pw_uid for x in students}
-    left = stop_jupyter(list(uids.values()))
+    problems = stop_jupyter(students)
     for student, result in for_each_student(clear_runtime_dir, students):
-        count = left[uids[student.username]]
-        if count:
-            outcome.failed(student.username, f"{count} processes could not be ended")
+        if student.username in problems:
+            outcome.failed(student.username, problems[student.username])
         elif isinstance(result, Error):
             outcome.failed(student.username, str(result))
         else:
@@ -3981,7 +4052,6 @@ def command_remove(course: Course) -> int:
 def end_accounts(students: Sequence[Student], outcome: Outcome) -> list[Student]:
     """End all that these students run, and return those with whom that worked."""
     accounts = {student: pwd.getpwnam(student.username) for student in students}
-    stop_jupyter([account.pw_uid for account in accounts.values()])
     ended = []
     for student, account in accounts.items():
         try:

@@ -140,7 +140,12 @@ def start(programs: str) -> Iterator[Start]:
 
 def find_jupyter(uid: int) -> list[psutil.Process]:
     processes = notebooks.processes_by_uid([uid])[uid]
-    return notebooks.jupyter_processes(processes, set())
+    return notebooks.family_of(processes, notebooks.find_roots(processes))
+
+
+def stop_jupyter(usernames: list[str]) -> dict[str, str]:
+    rows = [Student(i, name, "", "", "", "", "") for i, name in enumerate(usernames)]
+    return notebooks.stop_jupyter(rows)
 
 
 def runs(process: subprocess.Popen[str]) -> bool:
@@ -179,7 +184,7 @@ def test_the_family_of_a_kernel_is_jupyters_and_no_other_session(
     found = find_jupyter(uid)
     assert len(found) == 4
     assert kernel.pid in {process.pid for process in found}
-    assert notebooks.stop_jupyter([uid]) == {uid: 0}
+    assert stop_jupyter([username]) == {}
     assert len(processes_of([username])) == 4
     assert runs(login)
 
@@ -209,13 +214,13 @@ def test_shutdown_ends_jupyter_of_the_listed_students_and_nothing_else(
 
 @pytest.mark.root
 def test_what_ignores_sigterm_is_killed_after_one_grace_period_for_all(
-    course: Course, start: Start, uids: list[int]
+    course: Course, start: Start
 ) -> None:
     stubborn = [start(x, JUPYTER["a kernel"], STUBBORN) for x in course.students]
     begin = time.monotonic()
-    assert notebooks.stop_jupyter(uids) == {uid: 0 for uid in uids}
+    assert stop_jupyter(course.students) == {}
     seconds = time.monotonic() - begin
-    assert [process.wait() for process in stubborn] == [-signal.SIGKILL] * len(uids)
+    assert [process.wait() for process in stubborn] == [-signal.SIGKILL] * 3
     assert GRACE_SECONDS <= seconds < GRACE_SECONDS + 2
 
 
@@ -396,7 +401,7 @@ time.sleep(300)
 
 @pytest.mark.root
 def test_a_command_line_of_a_gigabyte_costs_shutdown_nothing(
-    course: Course, start: Start, uids: list[int]
+    course: Course, start: Start
 ) -> None:
     process = start(course.students[0], OTHERS["an editor"], LONG_COMMAND_LINE)
     with open(f"/proc/{process.pid}/cmdline", "rb") as file:
@@ -404,6 +409,6 @@ def test_a_command_line_of_a_gigabyte_costs_shutdown_nothing(
     assert sum(map(len, notebooks.read_argv(process.pid))) <= notebooks.MAX_ARGV_BYTES
     kernel = start(course.students[1], JUPYTER["a kernel"])
     begin = time.monotonic()
-    assert notebooks.stop_jupyter(uids) == {uid: 0 for uid in uids}
+    assert stop_jupyter(course.students) == {}
     assert time.monotonic() - begin < GRACE_SECONDS
     assert not runs(kernel) and runs(process)
