@@ -2170,11 +2170,12 @@ def receive_message(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
 # The notebook server of a student
 # -------------------------------------------------------------------------------------
 
-# What a running server would import by and by, besides what `rehearse_start` does.
-# tests/test_server.py finds out what is missing here.
+# What a running server would import by and by; the last brings most of it. That is done
+# before `rehearse_start` makes anything: what lies together stays shared, 1 MB
+# more of it. tests/test_server.py finds out what is missing here.
 SERVER_MODULES = (
     *("anyio._backends._asyncio", "babel.dates", "ipykernel.kernelspec"),
-    "jupyter_core.migrate",
+    *("jupyter_core.migrate", "notebook.app"),
 )
 EXPORTS = (
     *("asciidoc", "html", "latex", "markdown", "notebook", "pdf", "python", "rst"),
