@@ -135,6 +135,7 @@ PUBLIC_DIRS = (
 IPC_KINDS = {"shm": "--shmem-id", "msg": "--queue-id", "sem": "--semaphore-id"}
 
 # Copying.
+MAX_ENTRIES = 100_000  # of a directory of a student's that is tidied up
 MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
 ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
 PART_PREFIX = ".notebooks-part-"  # of files that are not whole yet
@@ -1269,13 +1270,22 @@ def processes_by_uid(uids: Iterable[int]) -> dict[int, list[psutil.Process]]:
     return found
 
 
-def find_roots(processes: Iterable[psutil.Process]) -> set[int]:
+def find_roots(processes: Iterable[psutil.Process]) -> set[int] | None:
     """Return the pids of notebook servers and kernels, whoever started them.
 
     To read a command line takes a lock on the process's memory, which a student can
     keep for ever, as in an mmap(2) of a file in a FUSE file system of theirs.
+
+    Returns: None if to look at them all takes too long.
     """
-    return {each.pid for each in processes if is_jupyter(read_argv(each.pid))}
+    deadline = time.monotonic() + STUCK_SECONDS
+    roots = set()
+    for process in processes:
+        if time.monotonic() > deadline:
+            return None
+        if is_jupyter(read_argv(process.pid)):
+            roots.add(process.pid)
+    return roots
 
 
 def family_of(
@@ -1487,19 +1497,22 @@ def stop_jupyter(students: Iterable[Student]) -> dict[str, str]:
     known: dict[int, set[int]] = {}
     running = processes_by_uid(account.pw_uid for account in accounts.values())
     busy = [student for student in accounts if running[accounts[student].pw_uid]]
+    hidden: list[Student] = []
     for student, result in for_each_student(
         lambda student: find_roots(running[accounts[student].pw_uid]), busy
     ):
+        if result is None or isinstance(result, StuckError):
+            hidden.append(student)
+        elif isinstance(result, Error):
+            problems[student.username] = str(result)
+        else:
+            known[accounts[student].pw_uid] = result
+    left = end_families(known)
+    for student in hidden:
         try:
-            if isinstance(result, StuckError):
-                kill_everything(accounts[student])
-            elif isinstance(result, Error):
-                raise result
-            else:
-                known[accounts[student].pw_uid] = result
+            kill_everything(accounts[student])
         except Error as error:
             problems[student.username] = str(error)
-    left = end_families(known)
     for student, account in accounts.items():
         if left.get(account.pw_uid):
             count = counted(left[account.pw_uid], "process")
@@ -1747,7 +1760,7 @@ class TreeCopy:
     def remove_parts(self, directory_fd: int) -> None:
         """Remove what a copy that was killed has left in a directory."""
         with acting_as(self.writer), os.scandir(directory_fd) as entries:
-            for entry in entries:  # a list could be very long
+            for entry in itertools.islice(entries, MAX_ENTRIES):
                 if entry.name.startswith(PART_PREFIX):
                     with contextlib.suppress(OSError):
                         os.unlink(entry.name, dir_fd=directory_fd)
@@ -1963,8 +1976,8 @@ def clear_runtime_dir(student: Student) -> None:
     """Remove what servers and kernels of a student's have left."""
     directory = RUNTIME_DIR / str(pwd.getpwnam(student.username).pw_uid)
     with contextlib.suppress(FileNotFoundError):
-        with os.scandir(directory) as entries:  # a list could be very long
-            for entry in entries:
+        with os.scandir(directory) as entries:
+            for entry in itertools.islice(entries, MAX_ENTRIES):
                 with contextlib.suppress(OSError):  # a directory: not a kernel's
                     os.unlink(entry.path)
         with contextlib.suppress(OSError):
@@ -2105,8 +2118,15 @@ def ensure_certificate(config: Config) -> Certificate:
             certificate.context()
         except UsageError as error:
             raise UsageError(f"{error}; delete it, and a new one is made") from None
-        first_line = path.read_text("latin-1").partition("\n")[0]
-        known = first_line.removeprefix("subjectAltName=").split(",")
+        kind, _, names_text = (
+            path.read_text("latin-1").partition("\n")[0].partition("=")
+        )
+        if kind != "subjectAltName":
+            raise UsageError(
+                f"{path}: was not made by notebooks.py; move it away, or name it in the"
+                " key cert_file"
+            )
+        known = names_text.split(",")
         missing = [name for name in names if name not in known]
         if not missing and certificate.valid_for(CERTIFICATE_WARNING_DAYS):
             return certificate
@@ -2159,9 +2179,11 @@ def receive_message(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
     ]
     try:
         message = json.loads(data)
-    except RecursionError:
+    except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict):
+        for fd in fds:
+            os.close(fd)
         raise ValueError("a message is not a JSON object")
     return message, fds
 
@@ -2380,10 +2402,10 @@ async def export_notebook(export_format: str, source: str) -> tuple[str, bytes]:
         except asyncio.TimeoutError:
             process.kill()
             raise Error(f"it took more than {EXPORT_SECONDS:.0f} seconds") from None
-        if process.returncode:
+        names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+        if process.returncode or not names:
             lines = words.decode(errors="replace").strip().splitlines() or ["no output"]
             raise Error(lines[-1])
-        names = os.listdir(output_dir)
         if len(names) == 1:
             return names[0], Path(output_dir, names[0]).read_bytes()
         zipped = await asyncio.to_thread(
@@ -3455,6 +3477,7 @@ class Launcher:
         except (Error, OSError) as error:
             for line in explain(error).splitlines():
                 log.error("not reloaded: %s", line)
+            self.brief_webserver()  # of those who have left by then
             return
         for username, reason in outcome.failures.items():
             log.error("%s: %s", username, reason)
@@ -3484,25 +3507,17 @@ class Launcher:
         ]
 
     async def close_servers(self, servers: Sequence[Server]) -> None:
-        """Give up the ports of students who left, and end their servers."""
+        """Give up the ports of students who left, and end their servers and kernels."""
         for server in servers:
             del self.servers[server.username]
             if server.task:
                 await end_tasks([server.task])
             server.listener.close()
-        await asyncio.gather(*map(end_server, servers))
-
-
-async def end_server(server: Server) -> None:
-    """End a server, which ends its kernels and terminals."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if server.pid_fd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(server.pid_fd, number)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await wait_readable(server.pid_fd, GRACE_SECONDS)
+        known = {server.uid: {server.pid} for server in servers if server.pid}
+        await asyncio.to_thread(end_families, known)
+        for server in servers:
+            if server.pid:
                 os.close(server.pid_fd)
-                server.pid_fd = -1
 
 
 def visible_address(config: Config) -> str:

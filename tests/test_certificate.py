@@ -196,14 +196,15 @@ def test_our_certificate_is_made_anew_before_it_expires(
     assert certificate.valid_for(395) and not certificate.valid_for(398)
 
 
-@pytest.mark.parametrize("content", ["", "nonsense", "key"])
+@pytest.mark.parametrize("content", ["", "nonsense", "key", "pair"])
 def test_a_file_that_is_not_our_certificate_is_not_overwritten(
     config: notebooks.Config, content: str
 ) -> None:
     """It may be the only copy of a key of the teacher's."""
     path = config.path.with_name("notebooks.pem")
     cert, key = make_certificate(path.parent)
-    path.write_text(key.read_text() if content == "key" else content)
+    texts = {"key": key.read_text(), "pair": cert.read_text() + key.read_text()}
+    path.write_text(texts.get(content, content))
     before = path.read_bytes()
     with pytest.raises(notebooks.Error, match=str(path)):
         notebooks.ensure_certificate(config)
