@@ -140,7 +140,9 @@ def start(programs: str) -> Iterator[Start]:
 
 def find_jupyter(uid: int) -> list[psutil.Process]:
     processes = notebooks.processes_by_uid([uid])[uid]
-    return notebooks.family_of(processes, notebooks.find_roots(processes))
+    roots = notebooks.find_roots(processes)
+    assert roots is not None
+    return notebooks.family_of(processes, roots)
 
 
 def stop_jupyter(usernames: list[str]) -> dict[str, str]:
