@@ -2479,7 +2479,8 @@ def run_server(request: ServerRequest, listener: socket.socket) -> None:
     account = pwd.getpwnam(request.username)
     context = Certificate(Path(request.cert_file), Path(request.key_file)).context()
     resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
-    Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
+    with contextlib.suppress(OSError):  # in a container it may be higher already
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     setproctitle.setproctitle(SERVER_TITLE + request.username)
     os.setsid()
     drop_privileges(identity_of(account))
