@@ -1488,14 +1488,15 @@ def send_result(function: Callable[[Student], Any], student: Student, fd: int) -
 def stop_jupyter(students: Iterable[Student]) -> dict[str, str]:
     """End the Jupyter processes of all these students at once.
 
-    Who has a process that cannot be looked at loses all of theirs.
+    Who has a process that cannot be looked at loses all of theirs, unless the account
+    is a person's own, which setup did not make: then only what ps shows as our server.
 
     Returns: the reason for each student with whom that failed.
     """
     accounts = {student: pwd.getpwnam(student.username) for student in students}
     problems: dict[str, str] = {}
-    known: dict[int, set[int]] = {}
-    running = processes_by_uid(account.pw_uid for account in accounts.values())
+    known: dict[int, set[int]] = {each.pw_uid: set() for each in accounts.values()}
+    running = processes_by_uid(known)
     busy = [student for student in accounts if running[accounts[student].pw_uid]]
     hidden: list[Student] = []
     for student, result in for_each_student(
@@ -1506,17 +1507,19 @@ def stop_jupyter(students: Iterable[Student]) -> dict[str, str]:
         elif isinstance(result, Error):
             problems[student.username] = str(result)
         else:
-            known[accounts[student].pw_uid] = result
+            known[accounts[student].pw_uid] |= result
     left = end_families(known)
+    for student, account in accounts.items():
+        if left[account.pw_uid]:
+            count = counted(left[account.pw_uid], "process")
+            problems[student.username] = f"{count} could not be ended"
     for student in hidden:
         try:
+            if not is_ours(accounts[student]):
+                raise StuckError(STUCK)
             kill_everything(accounts[student])
         except Error as error:
             problems[student.username] = str(error)
-    for student, account in accounts.items():
-        if left.get(account.pw_uid):
-            count = counted(left[account.pw_uid], "process")
-            problems[student.username] = f"{count} could not be ended"
     return problems
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import CourseMaker
 from notebooks import GRACE_SECONDS, Error, Student, for_each_student
-from support import ENVIRONMENT, Course, processes_of, wait_until
+from support import ENVIRONMENT, Course, made_account, processes_of, wait_until
 
 PYTHON = "/usr/bin/python3"
 # Programs of these names do what their standard input says, so that the command lines,
@@ -224,6 +224,25 @@ def test_what_ignores_sigterm_is_killed_after_one_grace_period_for_all(
     seconds = time.monotonic() - begin
     assert [process.wait() for process in stubborn] == [-signal.SIGKILL] * 3
     assert GRACE_SECONDS <= seconds < GRACE_SECONDS + 2
+
+
+@pytest.mark.root
+def test_who_cannot_be_looked_at_loses_all_unless_the_account_is_their_own(
+    course: Course, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their own: setup did not make it. What ps shows as our server always ends."""
+    monkeypatch.setattr(notebooks, "STUCK_SECONDS", -1.0)
+    student = course.students[0]
+    with made_account() as account:
+        person = account.pw_name
+        ours, theirs = (start(x, OTHERS["an editor"]) for x in (student, person))
+        name = notebooks.SERVER_TITLE[:15]
+        script = f"open('/proc/self/comm', 'w').write({name!r}); {WAIT}"
+        server = start(person, OTHERS["an editor"], script)
+        assert stop_jupyter([student, person]) == {person: notebooks.STUCK}
+        assert server.wait(5) == -signal.SIGTERM
+        assert ours.wait(5) == -signal.SIGKILL
+        assert runs(theirs)
 
 
 @pytest.mark.root
