@@ -2096,24 +2096,29 @@ def make_certificate(path: Path, names: Sequence[str]) -> None:
 
 
 def ensure_certificate(config: Config) -> Certificate:
-    """Return the configured certificate, or our own, made anew where it has to be.
+    """Return the configured certificate, or our own.
 
     Raises: UsageError if it cannot be used.
     """
-    if config.cert_file:
-        certificate = Certificate(config.cert_file, config.key_file or config.cert_file)
-        certificate.context()
-        if not certificate.valid_for(0):
-            raise UsageError(
-                f"{config.cert_file}: the certificate has expired; renew it"
-            )
-        if not certificate.valid_for(CERTIFICATE_WARNING_DAYS):
-            log.warning(
-                "%s: the certificate expires within %d days",
-                config.cert_file,
-                CERTIFICATE_WARNING_DAYS,
-            )
-        return certificate
+    if not config.cert_file:
+        return ensure_own_certificate(config)
+    certificate = Certificate(config.cert_file, config.key_file or config.cert_file)
+    certificate.context()
+    if not certificate.valid_for(0):
+        raise UsageError(f"{config.cert_file}: the certificate has expired; renew it")
+    if not certificate.valid_for(CERTIFICATE_WARNING_DAYS):
+        log.warning(
+            "%s: the certificate expires within %d days",
+            *(config.cert_file, CERTIFICATE_WARNING_DAYS),
+        )
+    return certificate
+
+
+def ensure_own_certificate(config: Config) -> Certificate:
+    """Return our own certificate, made anew where it has to be.
+
+    Raises: UsageError if there is another in its place, which is left alone.
+    """
     path = config.path.parent / CERTIFICATE_NAME
     certificate, names = Certificate(path, path), host_names(config)
     if path.exists():
@@ -2121,15 +2126,13 @@ def ensure_certificate(config: Config) -> Certificate:
             certificate.context()
         except UsageError as error:
             raise UsageError(f"{error}; delete it, and a new one is made") from None
-        kind, _, names_text = (
-            path.read_text("latin-1").partition("\n")[0].partition("=")
-        )
-        if kind != "subjectAltName":
+        first_line = path.read_text("latin-1").partition("\n")[0]
+        if not first_line.startswith("subjectAltName="):
             raise UsageError(
                 f"{path}: was not made by notebooks.py; move it away, or name it in the"
                 " key cert_file"
             )
-        known = names_text.split(",")
+        known = first_line.removeprefix("subjectAltName=").split(",")
         missing = [name for name in names if name not in known]
         if not missing and certificate.valid_for(CERTIFICATE_WARNING_DAYS):
             return certificate
@@ -2196,8 +2199,8 @@ def receive_message(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
 # -------------------------------------------------------------------------------------
 
 # What a running server would import by and by; the last brings most of it. That is done
-# before `rehearse_start` makes anything: what lies together stays shared, 1 MB
-# more of it. tests/test_server.py finds out what is missing here.
+# before `rehearse_start` makes anything: what lies together stays shared, 1 MB more of
+# it. tests/test_server.py finds out what is missing here.
 SERVER_MODULES = (
     *("anyio._backends._asyncio", "babel.dates", "ipykernel.kernelspec"),
     *("jupyter_core.migrate", "notebook.app"),
@@ -2994,8 +2997,11 @@ def script_command(*arguments: str) -> list[str]:
     Isolated mode keeps the environment and the current directory out of it. And of a
     script that it is given by name Python keeps the syntax tree, 9 MB, until the end.
     """
-    run = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], None, %r)"
-    return [sys.executable, "-I", "-c", run % "__main__", __file__, *arguments]
+    run = (
+        "import runpy, sys; del sys.argv[0];"
+        " runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    return [sys.executable, "-I", "-c", run, __file__, *arguments]
 
 
 class Helper:
@@ -3858,7 +3864,7 @@ def furnish_home(config: Config, student: Student) -> None:
     account = pwd.getpwnam(student.username)
     ensure_home(account)
     home, writer = Path(account.pw_dir), identity_of(account)
-    open_directory(home, config.tutorial_dir.parts, writer, create=True)
+    os.close(open_directory(home, config.tutorial_dir.parts, writer, create=True))
     source = profile_dir(config.profile)
     if config.profile and source.is_dir():
         reader = identity_of(invoking_account())
