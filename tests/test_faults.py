@@ -1,7 +1,9 @@
 """What goes wrong in a lesson, done on purpose; see also tests/test_launch.py."""
 
 import contextlib
+import json
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -236,6 +238,40 @@ def test_a_list_that_cannot_be_written_does_not_keep_launch_from_running(
     finally:
         kill_all(course.processes, "the servers")
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_home_keeps_what_was_saved_and_its_server_running(
+    make_course: CourseMaker,
+) -> None:
+    """Nothing can be saved and nothing logged, and that is all."""
+    course = make_course(1, on_demand="yes")
+    course.check("setup")
+    (username,) = course.students
+    account = pwd.getpwnam(username)
+    options = f"size=200k,mode=0700,uid={account.pw_uid},gid={account.pw_gid}"
+    mount = ["mount", "--no-mtab", "-t", "tmpfs", "-o", options, "tmpfs"]
+    subprocess.run([*mount, account.pw_dir], check=True)
+    filling = Path(account.pw_dir, "filling")
+    text = {"type": "file", "format": "text", "content": "saved"}
+    try:
+        launch = course.launch().wait_ready()
+        notebook = course.notebook(username)
+        notebook.api("PUT", "contents/file.txt", text)
+        run_as(username, "sh", "-c", "yes >filling")
+        longer = json.dumps({**text, "content": "longer " * 10000})
+        assert notebook.fetch("api/contents/file.txt", "PUT", longer).status == 500
+        for _ in range(200):
+            assert notebook.fetch("no-such-page").status == 404  # each is logged
+        course.server(username).kill()
+        notebook = course.notebook(username)
+        assert notebook.api("GET", "contents/file.txt")["content"] == "saved"
+        filling.unlink()
+        notebook.api("PUT", "contents/file.txt", {**text, "content": "again"})
+        assert notebook.api("GET", "contents/file.txt")["content"] == "again"
+        assert launch.output.count("started") == 2
+    finally:
+        kill_all(course.processes, "the server")
+        subprocess.run(["umount", "--no-mtab", account.pw_dir], check=True)
 
 
 def test_too_few_open_files_are_refused_with_what_to_set(
