@@ -15,21 +15,70 @@ The course is described by an INI file (`notebooks.cfg`) and by a CSV file of st
 group say which accounts exist and which are ours (by a mark in their GECOS field), the
 process table and the listening sockets say what runs.
 
-`launch` consists of these processes:
+In this file a *student* is a row of the list, an *account* an entry of passwd, and a
+*member* both together. Whatever happens in a student's home happens with that student's
+ids, and root follows no path there; only `remove` deletes as root, after it has ended
+all that the student runs. Whatever a student could hold up is done by a *worker*: a
+process for one member, which is given up when it shows no sign of life.
 
-launcher   root     binds all ports, has servers started, watches them; it waits on
+Processes
+=========
+
+`launch` consists of these. The template and the webserver are this script, executed
+afresh with one end of a channel; each ends when the other end is gone.
+
+launcher   root     holds all ports, has servers started and watches them; it waits on
                     sockets and never reads from the network
 template   root     has imported Jupyter once; forks one notebook server per request and
                     never sees a password or anything else of a student's
 webserver  nobody   the landing page on the base port
 server     student  one Jupyter Notebook server per student, on a port of its own
 
-Template and webserver are this script, executed afresh with the end of a socket pair;
-each ends when the other end is gone. SIGHUP has the launcher read configuration and
-list again; `setup` and `remove` send it. Whatever happens in a student's home, from
-`send` to a server's log file, is done with that student's ids, and root follows no path
-there; what a student could hold up is done by a worker, one process for each student,
-that is given up when it gives no sign of life.
+SIGHUP has the launcher read configuration and list again; `setup` and `remove` send it.
+SIGTERM and Ctrl-C end the launcher and its helpers; the servers run on.
+
+Messages
+========
+
+Every message is a dataclass that `Channel` carries as one record.
+
+message      from       to         descriptors         says
+Ready        helper     launcher   -                   it can do its work from now on
+ForkRequest  launcher   template   end of a channel    fork: an order comes through it
+ServerOrder  launcher   fork       listening socket,   run this student's server
+                                   terminal
+Forked       fork       launcher   pidfd of the fork   it has taken the order
+NotForked    template   launcher   -                   why it could not fork
+Exited       template   launcher   -                   a fork's pid and its exit code
+Site         launcher   webserver  listening socket    what the landing page shows
+SignOfLife   worker     command    -                   it is not stuck
+Done         worker     command    -                   what the work returned
+Failed       worker     command    -                   the error in which it ended
+
+A fork answers through the channel that its ForkRequest brought, and so does a template
+that cannot fork. All else goes through the channel of the helper or of the worker.
+
+The start of a server
+=====================
+
+1. `Server.tend` (launcher): the server is wanted, at launch or because somebody connects
+   to its port, on which the launcher listens as long as no server runs.
+2. `Server.start` waits for one of a few slots, so that servers do not start all at once.
+3. `Server.start_once` checks the account, opens a terminal, and writes a `ServerOrder`.
+4. `Template.fork` sends the template one end of a new channel, and the order into it.
+5. `fork_on_request` (template) forks. `take_order` (the fork, root) receives the order
+   with the listening socket and the terminal, and answers with a pidfd of itself.
+6. `become_server` reads the certificate's key, then becomes the student for good.
+7. `make_app` (the student) builds Jupyter's application; no code of theirs is executed.
+8. `serve` hands the listening socket to an HTTPS server and starts the application. This
+   prints its address on the terminal. The next thing to run in its event loop is
+   `move_output_to_log`, which leaves the terminal.
+9. `watch_start` (launcher) waits for that address on the terminal: the server runs. It
+   ends all hope if the terminal is closed first, or nothing comes for a minute.
+
+A template that dies during a start closes the channel of step 4, so that `Template.fork`
+raises; `Server.start` reports the failure, and the server is wanted again at the next
+visit. `Template.run` meanwhile starts another template. Servers that run need none.
 """
 
 import argparse
@@ -42,6 +91,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import enum
 import errno
 import fcntl
 import functools
@@ -57,7 +107,6 @@ import json
 import logging
 import mimetypes
 import os
-import pickle
 import pwd
 import re
 import resource
@@ -72,6 +121,7 @@ import stat
 import string
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -81,6 +131,7 @@ import warnings
 from collections.abc import (
     Callable,
     Collection,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -106,100 +157,14 @@ __version__ = "1.0.0"
 
 log = logging.getLogger("notebooks")
 
-Result = TypeVar("Result")
+Value = TypeVar("Value")
+
 
 # -------------------------------------------------------------------------------------
-# Constants
-# -------------------------------------------------------------------------------------
-
-# The GECOS subfield "other" of the accounts that setup made: only root can change it
-# (chfn(1)), so it is the mark by which `remove` knows what it may delete.
-MARK = "notebooks.py"
-USERNAME = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # 32: LOGIN_NAME_MAX of utmp(5)
-# Letters and digits that cannot be taken for one another on paper.
-PASSWORD_ALPHABET = "".join(set(string.ascii_letters + string.digits) - set("0O1lI"))
-MAX_PASSWORD_LENGTH = 200  # what chpasswd(8) surely takes
-
-# Programs of the system's: where they are looked for, and those without which setup and
-# remove do not begin.
-PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-ACCOUNT_PROGRAMS = (
-    *("useradd", "usermod", "userdel", "groupadd", "groupdel", "gpasswd", "chpasswd"),
-    *("find", "rm", "ipcrm"),
-)
-# Where every user may have files, and System V objects (sysvipc(7), ipcrm(1)).
-PUBLIC_DIRS = (
-    *("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run/lock"),
-    *("/var/spool/cron/atjobs", "/var/crash"),
-)
-IPC_KINDS = {"shm": "--shmem-id", "msg": "--queue-id", "sem": "--semaphore-id"}
-
-# Copying.
-MAX_ENTRIES = 100_000  # of a directory of a student's that is tidied up
-MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
-ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
-PART_PREFIX = ".notebooks-part-"  # of files that are not whole yet
-COPY_CHUNK_BYTES = 1 << 24
-
-# Runtime files of servers and kernels, one directory a student. Short: the path of a
-# kernel's unix socket must fit into 107 bytes (unix(7)). Not in /run: that is small,
-# and the whole system fails when a student has filled it.
-RUNTIME_DIR = Path("/var/lib/notebooks")
-CONFIG_DIR = RUNTIME_DIR / "config"  # root's, where servers look for configuration
-TEMPLATE_HOME = RUNTIME_DIR / "template"  # does not exist
-SERVER_LOG = ".notebooks.log"  # in the student's home
-
-# What ps shows.
-SERVER_TITLE = "notebooks.py: notebook server of "
-LAUNCHER_TITLE = "notebooks.py: launcher"
-TEMPLATE_TITLE = "notebooks.py: template process"
-WEBSERVER_TITLE = "notebooks.py: webserver"
-
-# What students' processes may have, and how much of them is looked at.
-MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
-MAX_ARGV_BYTES = 1 << 14
-OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score_adj
-MAX_LOOKED_DESCRIPTORS = 1000  # of each process
-
-# Ending processes and deleting homes.
-GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
-KILL_SECONDS = 10.0  # how long processes that keep forking are fought
-DELETE_SECONDS = 300.0  # for a home with millions of files
-LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
-
-# What ends us: Ctrl-C and kill(1).
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-
-# Workers, which do something for one student.
-HEARTBEAT = b"."  # a sign of life
-HEARTBEAT_SECONDS = 1.0
-STUCK_SECONDS = 20.0  # without one, after which it is given up
-STUCK = (
-    "something of theirs does not answer, such as a FUSE file system; end all they run"
-    " (su NAME -s /bin/sh -c 'kill -KILL -1'), and try again"
-)
-
-# The launcher, its helpers and the servers.
-START_SECONDS = 60.0  # until a server that was started must have named its address
-SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
-MAX_RESTART_DELAY_SECONDS = 60.0
-IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
-CULL_SECONDS = 60  # between two looks at what is idle
-MEMORY_SECONDS = 5  # between two looks at what all processes hold
-PAGE_SECONDS = 10.0  # in which a visitor of the web page must have made a request
-VISIT_SECONDS = 2.0  # for which the web page waits for a notebook server
-STOP_SECONDS = 1.5  # in which the launcher's helpers must have ended
-MAX_MESSAGE_BYTES = 1 << 20
-MAX_MESSAGE_DESCRIPTORS = 4
-SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
-SYS_PIDFD_GETFD = 438  # the same on all architectures
-
-CERTIFICATE_NAME = "notebooks.pem"  # beside the configuration file
-CERTIFICATE_DAYS = 397  # browsers refuse much longer ones
-CERTIFICATE_WARNING_DAYS = 14
-
-# -------------------------------------------------------------------------------------
-# Errors and words for people
+# Errors, and words for people
+#
+# Whatever can be foreseen to go wrong is an `Error`, whose message says what to do. Only
+# `main` prints one and ends the program with its exit status; a bug keeps its traceback.
 # -------------------------------------------------------------------------------------
 
 
@@ -221,12 +186,12 @@ class UsageError(Error):
     exit_status = 2
 
 
-class StuckError(Error):
-    """Something of a student's keeps a process of ours from going on."""
-
-
 class BusyError(UsageError):
     """Another notebooks.py works with the list."""
+
+
+class StuckError(Error):
+    """Something of a student's keeps a process of ours from going on."""
 
 
 def printable(text: str) -> str:
@@ -235,11 +200,19 @@ def printable(text: str) -> str:
 
 
 def explain(error: Exception) -> str:
-    """Return what an error says, of one of the system's without Python's own words."""
+    """Return an error's message; for an OSError, without "[Errno N]"."""
     if not isinstance(error, OSError):
         return str(error) or type(error).__name__
     name = f": {error.filename!r}" if error.filename is not None else ""
-    return f"{error.strerror or error}{name}"
+    return f"{error.strerror or str(error) or type(error).__name__}{name}"
+
+
+def explain_exit(code: int) -> str:
+    """Say how a process ended, by its exit status or the negative of a signal."""
+    if code >= 0:
+        return f"ended with exit status {code}"
+    hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+    return f"was ended by signal {-code} ({signal.strsignal(-code)}){hint}"
 
 
 def say(text: str) -> None:
@@ -251,11 +224,14 @@ def say(text: str) -> None:
             tqdm.write(text)
         else:
             print(text)
-    leave_closed_output()
+    flush_output()
 
 
-def leave_closed_output() -> None:
-    """Write to nowhere from now on where a terminal or the reader of a pipe is gone."""
+def flush_output() -> None:
+    """Flush what was printed; where nobody reads any more, write to nowhere from now on.
+
+    A terminal that was closed, or a reader of a pipe that has gone, ends no command.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -265,14 +241,727 @@ def leave_closed_output() -> None:
             os.close(null_fd)
 
 
+def progress(steps: Iterable[Value], total: int, label: str) -> Iterable[Value]:
+    """Pass steps on, with a bar if this is a terminal."""
+    if not sys.stderr.isatty() or log.isEnabledFor(logging.DEBUG):
+        return steps
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # its thread would forbid to fork workers
+    return tqdm(steps, label, total, leave=False, unit="student", file=sys.stderr)
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun in the right form."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number} {noun if number == 1 else plural}"
 
 
+def format_bytes(count: int) -> str:
+    """Return a number of bytes as people read it, such as 1.5 GB."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a hint that names the known word closest to a misspelt one."""
+    words = {each.lower(): each for each in known}
+    for close in difflib.get_close_matches(word.lower(), words, 1):
+        return f"did you mean `{words[close]}`?"
+    return "known are " + ", ".join(words.values())
+
+
+def confirm(question: str) -> None:
+    """Ask the teacher.
+
+    Raises: UsageError if the answer is not yes, or nobody can answer.
+    """
+    if not sys.stdin.isatty():
+        raise UsageError("nothing was deleted: without a terminal this needs --yes")
+
+    try:
+        answer = input(f"{question} [yes/no] ")
+    except EOFError:
+        say("")  # the prompt's line has no end yet
+        answer = ""
+    except KeyboardInterrupt:
+        say("")
+        raise Interrupted("interrupted; nothing was deleted") from None
+
+    if answer.strip().lower() not in ("y", "yes"):
+        raise UsageError("nothing was deleted")
+
+
+# -------------------------------------------------------------------------------------
+# Tools: programs and files
+#
+# Programs of the system's do what they do best. Files of ours are whole at any time.
+# -------------------------------------------------------------------------------------
+
+# Where programs are looked for, and those without which setup and remove do not begin.
+PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+ACCOUNT_PROGRAMS = (
+    *("useradd", "usermod", "userdel", "groupadd", "groupdel", "gpasswd", "chpasswd"),
+    *("find", "rm", "ipcrm"),
+)
+DELETE_SECONDS = 300.0  # for a home with millions of files
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # what ends us: Ctrl-C and kill(1)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until what is within has been done."""
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+
+
+def check_programs() -> None:
+    """Refuse to begin what a missing program would leave half done."""
+    for name in ACCOUNT_PROGRAMS:
+        if not shutil.which(name, path=PROGRAM_PATH):
+            raise UsageError(f"the program {name} is not installed on this machine")
+
+
+def run_program(argv: Sequence[str], text: str = "") -> str:
+    """Run a program of the system's and return what it printed on standard output.
+
+    Raises: Error if it is missing or fails, with the last line of what it said.
+    """
+    log.debug("running %s", shlex.join(argv))
+    program = shutil.which(argv[0], path=PROGRAM_PATH)
+    if not program:
+        raise Error(f"the program {argv[0]} is not installed on this machine")
+
+    # Ctrl-C must leave no account database half written or locked. So it waits for the
+    # program's end, and the program's own session keeps it, and any signal to our
+    # process group, from the program. If we are killed, our pipe breaks: the program
+    # inherits that SIGPIPE is ignored, or a useradd would die of its next word.
+    with uninterrupted():
+        done = subprocess.run(
+            [program, *argv[1:]],
+            input=text,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env={"PATH": PROGRAM_PATH, "LC_ALL": "C.UTF-8"},
+            cwd="/",
+            start_new_session=True,
+            restore_signals=False,
+        )
+
+    if done.returncode:
+        words = done.stderr.strip() or f"exit status {done.returncode}"
+        last = words.splitlines()[-1].removeprefix(f"{argv[0]}: ")
+        raise Error(f"{argv[0]}: {last}")
+    return done.stdout
+
+
+def delete_tree(path: Path) -> None:
+    """Delete a file or a directory with all that is in it on the same file system.
+
+    Raises: Error if something is left.
+    """
+    run_deletion("rm", "-rf", "--one-file-system", "--", str(path))
+
+
+def delete_found(directory: str, *tests: str) -> None:
+    """Delete what find(1) finds in a directory by these tests, on its file system.
+
+    Raises: Error if something is left.
+    """
+    run_deletion("find", directory, "-xdev", *tests, "-delete")
+
+
+def run_deletion(*argv: str) -> None:
+    """Run find(1) or rm(1), which may take long; Ctrl-C ends it."""
+    log.debug("running %s", shlex.join(argv))
+    # What it says is not kept: students can make it as long as they like.
+    process = subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={"PATH": PROGRAM_PATH},
+        cwd="/",
+    )
+
+    try:
+        if process.wait(DELETE_SECONDS):
+            raise Error(f"{shlex.join(argv[:2])} could not delete everything")
+    except subprocess.TimeoutExpired:
+        raise Error(f"{shlex.join(argv[:2])} does not end") from None
+    finally:
+        process.kill()  # we do not wait for it: it may be stuck in the kernel
+
+
+@contextlib.contextmanager
+def closing(fd: int) -> Iterator[int]:
+    """Close a descriptor at the end."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def close_all_but(fds: Collection[int]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in fds:
+            with contextlib.suppress(OSError):  # the one with which we list them
+                os.close(int(name))
+
+
+def lock_file(path: Path) -> int:
+    """Return a descriptor that holds the lock of a file that may be replaced meanwhile.
+
+    The lock is on the file (which students cannot open), not on its directory.
+
+    Raises: BusyError if another process has it.
+    """
+    while True:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise BusyError(
+                f"{path}: another notebooks.py works with it; wait until that is done"
+            ) from None
+
+        # Who held it before may have put another file in its place.
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            return fd
+        os.close(fd)
+
+
+def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> int:
+    """Replace a file by one of mode 0600; there is a whole one at any time.
+
+    Returns: a descriptor of the new file, which holds its lock.
+    """
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            os.fchown(fd, uid, gid)
+            with open(fd, "wb", closefd=False) as file:
+                file.write(data)
+            os.fsync(fd)
+            os.rename(temporary, path)
+        except BaseException:
+            os.close(fd)
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        error.filename = str(path)  # nobody knows the temporary file's name
+        raise
+    return fd
+
+
+# -------------------------------------------------------------------------------------
+# Tools: messages
+#
+# Our processes talk by sending dataclasses over pairs of sockets that keep records
+# apart. The table of all messages is in this module's docstring. A new one is a subclass
+# of `Message`, beside its sender or receiver, and a line in the table.
+# -------------------------------------------------------------------------------------
+
+MAX_MESSAGE_BYTES = 1 << 20
+MAX_MESSAGE_DESCRIPTORS = 4
+SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
+
+
+class Message:
+    """What one of our processes tells another: a dataclass of what JSON can express.
+
+    Other messages may be part of it.
+    """
+
+
+def encode_message(message: Message) -> bytes:
+    """Return a message as JSON: an object of its fields, and its class's name."""
+
+    def as_object(part: Any) -> dict[str, Any]:
+        return {"message": type(part).__name__, **vars(part)}
+
+    return json.dumps(message, default=as_object).encode()
+
+
+def decode_message(data: bytes) -> Message:
+    """Return the message again.
+
+    Raises: ValueError for anything else.
+    """
+    kinds = {kind.__name__: kind for kind in Message.__subclasses__()}
+
+    def as_message(fields: dict[str, Any]) -> Any:
+        kind = kinds.get(fields.pop("message", ""))
+        return kind(**fields) if kind else fields
+
+    try:
+        message = json.loads(data, object_hook=as_message)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a message: {error}") from None
+    if not isinstance(message, Message):
+        raise ValueError("not a message")
+    return message
+
+
+class Channel:
+    """One end of a connection between two of our processes.
+
+    Source: unix(7), SOCK_SEQPACKET and SCM_RIGHTS.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.socket = socket.socket(fileno=fd)
+        # A long list of students is one message. In a container the usual 200 kB do.
+        with contextlib.suppress(PermissionError):
+            self.socket.setsockopt(
+                socket.SOL_SOCKET, SO_SNDBUFFORCE, MAX_MESSAGE_BYTES
+            )
+
+    @classmethod
+    def pair(cls) -> "tuple[Channel, Channel]":
+        """Return both ends of a new channel."""
+        ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = (cls(end.detach()) for end in ends)
+        return ours, theirs
+
+    def __enter__(self) -> "Channel":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def send(self, message: Message, fds: Sequence[int] = (), wait: bool = True) -> None:
+        """Send a message with descriptors.
+
+        Raises: OSError if the other side is gone, or could not take it at once.
+        """
+        flags = 0 if wait else socket.MSG_DONTWAIT
+        socket.send_fds(self.socket, [encode_message(message)], list(fds), flags)
+
+    def receive(self) -> tuple[Message, list[int]]:
+        """Receive a message, with descriptors that are closed on exec.
+
+        Raises: EOFError if the other side is gone, ValueError if it talks nonsense.
+        """
+        # Not socket.recv_fds: in Python 3.11 it ignores its flags, and what it returns
+        # is inherited by programs.
+        size = MAX_MESSAGE_DESCRIPTORS * 4
+        try:
+            data, ancillary, _, _ = self.socket.recvmsg(
+                MAX_MESSAGE_BYTES, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError:
+            data, ancillary = b"", []
+        if not data:
+            raise EOFError
+
+        fds = [
+            int.from_bytes(content[i : i + 4], sys.byteorder)
+            for level, kind, content in ancillary
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            for i in range(0, len(content), 4)
+        ]
+        try:
+            return decode_message(data), fds
+        except ValueError:
+            for fd in fds:  # nobody will know of them
+                os.close(fd)
+            raise
+
+
+def is_readable(fd: int, seconds: float = 0) -> bool:
+    """Wait until a descriptor can be read, and say whether that has come.
+
+    Not by select(2): a launcher of many students has descriptors above 1023.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+async def wait_readable(fd: int, seconds: float | None = None) -> None:
+    """Wait until a descriptor can be read.
+
+    Raises: TimeoutError.
+    """
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(fd, readable.set)
+    try:
+        await asyncio.wait_for(readable.wait(), seconds)
+    finally:
+        loop.remove_reader(fd)
+
+
+async def end_tasks(tasks: "Iterable[asyncio.Task[Any]]") -> None:
+    """Cancel tasks until they have ended: `wait_for` of Python 3.11 may swallow it."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        done, pending = await asyncio.wait(pending, timeout=0.5)
+        for task in done:
+            if not task.cancelled():
+                task.exception()  # or asyncio complains that nobody has looked at it
+
+
+# -------------------------------------------------------------------------------------
+# Tools: processes of our own
+#
+# `Process` is any process, held by a descriptor. `Child` is one that we have started,
+# with a channel to it: workers, the template and the webserver are children. Each fork
+# of ours goes through `fork_process`.
+# -------------------------------------------------------------------------------------
+
+MAX_RESTART_DELAY_SECONDS = 60.0
+
+
+class Process:
+    """A process, held by a descriptor that names it whatever becomes of its pid.
+
+    Source: pidfd_open(2). The descriptor becomes readable when the process has ended.
+    """
+
+    def __init__(self, pid: int, pid_fd: int) -> None:
+        self.pid = pid
+        self.pid_fd = pid_fd
+
+    @classmethod
+    def open(cls, pid: int) -> "Process":
+        """Raises: ProcessLookupError if there is none."""
+        return cls(pid, os.pidfd_open(pid))
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self.pid_fd)
+
+    def send_signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pid_fd, number)
+
+    def ends_within(self, seconds: float) -> bool:
+        return is_readable(self.pid_fd, seconds)
+
+
+def fork_process(function: Callable[[], object], keep: Collection[int] = ()) -> int:
+    """Fork; the child calls the function and ends, and never returns from here.
+
+    Its exit status is 0 if the function returned, else 1 or what SystemExit says. Of
+    what is open here it holds only `keep` and the standard streams, above all no lock.
+
+    Returns: the pid of the child.
+    """
+    # A lock that another thread holds at this moment would never be released.
+    if len(os.listdir("/proc/self/task")) != 1:
+        raise RuntimeError("a process that has several threads must not fork")
+
+    flush_output()  # or both of us print it
+    pid = os.fork()
+    if pid:
+        return pid
+
+    status = 1
+    try:
+        close_all_but({0, 1, 2, *keep})
+        function()
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:
+        status = Interrupted.exit_status
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        flush_output()
+        os._exit(status)
+
+
+class Child(Process):
+    """A process that we have started, and our end of a channel to it."""
+
+    def __init__(
+        self,
+        pid: int,
+        channel: Channel,
+        popen: "subprocess.Popen[bytes] | None" = None,
+    ) -> None:
+        super().__init__(pid, os.pidfd_open(pid))
+        self.channel = channel
+        self.popen = popen  # of a child that was executed
+
+    @classmethod
+    def fork(cls, function: Callable[[Channel], object]) -> "Child":
+        """Have a fork of this process call a function with its end of the channel."""
+        ours, theirs = Channel.pair()
+        with theirs:
+            pid = fork_process(lambda: function(theirs), {theirs.fileno()})
+        return cls(pid, ours)
+
+    @classmethod
+    def execute(cls, role: str, home: Path) -> "Child":
+        """Execute this script afresh, in a role that `main` knows."""
+        ours, theirs = Channel.pair()
+        with theirs:
+            popen = subprocess.Popen(
+                script_command(role, str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                cwd="/",
+                env={
+                    "PATH": PROGRAM_PATH,
+                    "HOME": str(home),
+                    "LANG": os.environ.get("LANG", "C.UTF-8"),
+                },
+                start_new_session=True,  # Ctrl-C is for the launcher alone
+            )
+        return cls(popen.pid, ours, popen)
+
+    def reap(self) -> int:
+        """Wait for the end; return the exit status, or the negative of a signal."""
+        self.close()
+        self.channel.close()
+        if self.popen:
+            return self.popen.wait()
+        _, wait_status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(wait_status)
+
+    def stop(self, seconds: float, number: int = 0) -> int | None:
+        """End the child: by closing its channel, by a signal, in the end by SIGKILL.
+
+        Returns: as `reap` does, or None for one that is stuck in the kernel: it ends
+        when it can, and nobody waits for that.
+        """
+        self.channel.close()
+        self.send_signal(number)
+        if not self.ends_within(seconds):
+            self.send_signal(signal.SIGKILL)
+        if self.ends_within(1):
+            return self.reap()
+        self.close()
+        return None
+
+
+def script_command(*arguments: str) -> list[str]:
+    """Return the command line that executes this script for as long as a course lasts.
+
+    `-I` ignores PYTHON* variables and the current directory. Going through runpy frees
+    the 9 MB syntax tree that CPython keeps for a script given by name.
+    """
+    run = (
+        "import runpy, sys; del sys.argv[0];"
+        " runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    return [sys.executable, "-I", "-c", run, __file__, *arguments]
+
+
+def restart_delay(failures: int) -> float:
+    """Return the seconds to wait before something that failed is tried again."""
+    return min(2.0 ** min(failures, 10), MAX_RESTART_DELAY_SECONDS)
+
+
+class BackOff:
+    """Longer and longer delays between the starts of something that keeps ending."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.started = time.monotonic()
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+
+    def next_delay(self) -> float:
+        """Return how many seconds to wait before the next start.
+
+        What ran for longer than the longest delay begins with the shortest again.
+        """
+        if time.monotonic() - self.started > MAX_RESTART_DELAY_SECONDS:
+            self.failures = 0
+        self.failures += 1
+        return restart_delay(self.failures - 1)
+
+
+def release_memory() -> None:
+    """Give back the 8 MB that compiling and importing have used: malloc_trim(3)."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # only the GNU C library has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# -------------------------------------------------------------------------------------
+# The accounts of this host
+#
+# What passwd(5), shadow(5), group(5) and login.defs(5) say, and who may do what.
+# -------------------------------------------------------------------------------------
+
+# The GECOS subfield "other" of the accounts that setup made: only root can change it
+# (chfn(1)), so it is the mark by which `remove` knows what it may delete.
+MARK = "notebooks.py"
+USERNAME = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # 32: LOGIN_NAME_MAX of utmp(5)
+
+
+def read_login_defs(key: str, default: int) -> int:
+    """Return a number from login.defs(5)."""
+    with contextlib.suppress(OSError, ValueError):
+        text = Path("/etc/login.defs").read_text(errors="replace")
+        for number in re.findall(rf"^\s*{key}\s+(\w+)", text, re.MULTILINE):
+            return int(number, 0)
+    return default
+
+
+def find_account(username: str) -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwnam(username)
+    except KeyError:
+        return None
+
+
+def group_members(group: str) -> set[str]:
+    """Return the names that group(5) lists for a group, none if there is no group."""
+    try:
+        return set(grp.getgrnam(group).gr_mem)
+    except KeyError:
+        return set()
+
+
+def invoking_account() -> pwd.struct_passwd:
+    """Return the account of the user who called sudo, else that of this process."""
+    try:
+        return pwd.getpwuid(int(os.environ["SUDO_UID"]))
+    except (KeyError, ValueError):
+        return pwd.getpwuid(os.getuid())
+
+
+def is_ordinary(username: str) -> bool:
+    """Say whether the name is free or that of a person, not of root or a service.
+
+    Above 65535 are people again, of a directory service; between lie `nobody` and what
+    systemd makes up (systemd's UIDS-GIDS).
+    """
+    account = find_account(username)
+    low, high = read_login_defs("UID_MIN", 1000), read_login_defs("UID_MAX", 60000)
+    return account is None or low <= account.pw_uid <= high or account.pw_uid > 65535
+
+
+def is_ours(account: pwd.struct_passwd | None) -> bool:
+    """Say whether setup made this account, so that `remove` may delete it.
+
+    Source: passwd(5), GECOS subfields: full name, room, work phone, home phone, other.
+    """
+    return (
+        account is not None
+        and account.pw_gecos.split(",")[4:] == [MARK]
+        and is_ordinary(account.pw_name)
+        and account.pw_uid != invoking_account().pw_uid
+    )
+
+
+def is_home_of(account: pwd.struct_passwd) -> bool:
+    """Say whether an account's home is there, a directory, and theirs."""
+    try:
+        info = os.stat(account.pw_dir)  # in a directory of root's: a link is root's
+    except OSError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == account.pw_uid
+
+
+def read_shadow(username: str) -> list[str]:
+    """Return the fields of an account, if it has any: shadow(5)."""
+    for line in Path("/etc/shadow").read_text().splitlines():
+        if line.startswith(f"{username}:"):
+            return line.split(":")
+    return []
+
+
+def is_closed(username: str) -> bool:
+    """Say whether `end_account` has closed this account."""
+    return read_shadow(username)[7:8] == ["1"]
+
+
+class Identity(NamedTuple):
+    """The ids with which something is done."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
+def identity_of(account: pwd.struct_passwd) -> Identity:
+    groups = os.getgrouplist(account.pw_name, account.pw_gid)
+    return Identity(account.pw_uid, account.pw_gid, tuple(groups))
+
+
+@contextlib.contextmanager
+def acting_as(identity: Identity) -> Iterator[None]:
+    """Use the effective ids of a user for the system calls within.
+
+    Ids belong to the whole process, which must have one thread. Real and saved ids stay
+    0. So the user can neither signal nor trace us, and FUSE, which serves only callers
+    whose ids are all the mounter's, refuses us instead of blocking.
+
+    Source: credentials(7).
+    """
+    if identity.uid == os.geteuid():
+        yield
+        return
+
+    groups = os.getgroups()
+    try:
+        # The uid comes last: only root may change the others.
+        os.setgroups(identity.groups)
+        os.setegid(identity.gid)
+        os.seteuid(identity.uid)
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+
+
+def drop_privileges(identity: Identity) -> None:
+    """Become a user for good.
+
+    Raises: RuntimeError if anything of root's is left; the process must then end.
+    """
+    os.setgroups(identity.groups)
+    os.setresgid(identity.gid, identity.gid, identity.gid)
+    os.setresuid(identity.uid, identity.uid, identity.uid)
+
+    # Odd securebits or capabilities could have let something of root's survive.
+    with contextlib.suppress(PermissionError):
+        os.setresuid(0, 0, 0)
+    ids = {*os.getresuid(), identity.uid}, {*os.getresgid(), identity.gid}
+    groups = set(os.getgroups())
+    if ids != ({identity.uid}, {identity.gid}) or groups != set(identity.groups):
+        raise RuntimeError(f"still has ids {ids} and groups {groups}")
+
+
 # -------------------------------------------------------------------------------------
 # Configuration
+#
+# A key of `notebooks.cfg` is a field of `Config`, with its section, its parser and its
+# default: a new key needs a line there, a line in the README, and a use. A parser raises
+# ValueError with what would be right. All that is wrong is told at once.
 # -------------------------------------------------------------------------------------
 
 
@@ -285,8 +974,8 @@ def parse_path(text: str) -> Path:
     return Path(text)
 
 
-def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a parser that takes nothing, too."""
+def optional(parse: Callable[[str], Value]) -> Callable[[str], Value | None]:
+    """Return a parser that maps an empty value to None."""
     return lambda text: parse(text) if text else None
 
 
@@ -353,18 +1042,10 @@ def parse_address(text: str) -> str:
     return f"[{text}]" if ":" in text and not text.startswith("[") else text
 
 
-class Option(NamedTuple):
-    """A key of the configuration file; `parse` raises ValueError with what is right."""
-
-    section: str
-    key: str
-    parse: Callable[[str], Any]
-    default: str
-
-
 def setting(section: str, parse: Callable[[str], Any], default: str = "") -> Any:
     """Return a field that a key of the configuration file sets."""
-    return dataclasses.field(metadata={"option": (section, parse, default)})
+    details = {"section": section, "parse": parse, "default": default}
+    return dataclasses.field(metadata=details)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,20 +1084,19 @@ class Config:
         """Where notebooks start, relative to the home."""
         return self.launch_dir or self.material_name
 
+    @property
+    def profile_dir(self) -> Path:
+        """Where the invoking user has the IPython profile, or would have it."""
+        return Path(invoking_account().pw_dir, ".ipython", f"profile_{self.profile}")
 
-OPTIONS = [
-    Option(section, field.name, parse, default)
-    for field in dataclasses.fields(Config)[1:]
-    for section, parse, default in [field.metadata["option"]]
-]
+    @property
+    def storage_owner(self) -> pwd.struct_passwd:
+        return pwd.getpwnam(self.owner) if self.owner else invoking_account()
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a hint that names the known word closest to a misspelt one."""
-    words = {each.lower(): each for each in known}
-    for close in difflib.get_close_matches(word.lower(), words, 1):
-        return f"did you mean `{words[close]}`?"
-    return "known are " + ", ".join(words.values())
+def config_keys() -> dict[str, Mapping[str, Any]]:
+    """Return the keys of the file, each with its section, parser and default."""
+    return {each.name: each.metadata for each in dataclasses.fields(Config)[1:]}
 
 
 def read_ini(path: Path) -> configparser.ConfigParser:
@@ -430,6 +1110,7 @@ def read_ini(path: Path) -> configparser.ConfigParser:
         if "\0" in text:
             raise UsageError(f"{path}: is not a text file")
         parser.read_string(text, str(path))
+
     except FileNotFoundError:
         raise UsageError(
             f"{path}: there is no such file; name your configuration file, as in"
@@ -462,55 +1143,71 @@ def explain_ini(error: configparser.Error) -> str:
 
 
 def unknown_keys(parser: configparser.ConfigParser) -> Iterator[str]:
-    """Yield what the file has that OPTIONS does not know."""
-    home = {option.key: option.section for option in OPTIONS}
-    sections = list(dict.fromkeys(home.values()))
+    """Yield what the file has that `Config` does not know."""
+    section_of = {key: str(each["section"]) for key, each in config_keys().items()}
+    sections = list(dict.fromkeys(section_of.values()))
+
+    # configparser gives the keys of [DEFAULT] to all sections, but does not list it.
     if parser.defaults():
         yield "[DEFAULT]: unknown section; " + nearest("DEFAULT", sections)
+
     for section in parser.sections():
         if section not in sections:
             yield f"[{section}]: unknown section; {nearest(section, sections)}"
             continue
         for key in parser[section]:
-            if key not in home:
-                keys = [each for each in home if home[each] == section]
+            if key not in section_of:
+                keys = [each for each in section_of if section_of[each] == section]
                 yield f"[{section}] {key}: unknown key; {nearest(key, keys)}"
-            elif home[key] != section:
-                yield f"[{section}] {key}: belongs in section [{home[key]}]"
+            elif section_of[key] != section:
+                yield f"[{section}] {key}: belongs in section [{section_of[key]}]"
 
 
-def read_config(path: Path, problems: list[str]) -> Config:
-    """Read the configuration file; what is wrong with it is added to `problems`.
+def parse_value(text: str, parse: Callable[[str], Any], base: Path) -> Any:
+    """Return what a key's text means; paths become relative to `base`.
 
-    Raises: UsageError if it cannot be read at all.
+    Raises: ValueError with what would be right.
+    """
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        raise ValueError("must be without quotation marks")
+    value = parse(text)
+    if isinstance(value, Path):
+        return Path(os.path.normpath(base / value))
+    return value
+
+
+def read_config(path: Path) -> tuple[Config, list[str]]:
+    """Read the configuration file.
+
+    Returns: what it says, with the default for each key that is wrong, and all that is
+    wrong. Raises: UsageError if it cannot be read at all.
     """
     parser = read_ini(path)
     base = path.absolute().parent
-    problems += [f"{path}: {problem}" for problem in unknown_keys(parser)]
+    problems = list(unknown_keys(parser))
     values: dict[str, Any] = {"path": path.absolute()}
-    for section, key, parse, default in OPTIONS:
-        text = parser.get(section, key, fallback=default).strip()
+
+    for key, option in config_keys().items():
+        section, parse = option["section"], option["parse"]
+        text = parser.get(section, key, fallback=option["default"]).strip()
         if parse is not str:  # a title may be `Physics #1`
             text = re.sub(r"(^|\s+)[#;].*", "", text)
         try:
-            if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
-                raise ValueError("must be without quotation marks")
-            value = parse(text)
+            values[key] = parse_value(text, parse, base)
         except ValueError as error:
-            problems.append(f"{path}: [{section}] {key} = {text}: {error}")
-            value = parse(default)
-        if isinstance(value, Path):
-            value = Path(os.path.normpath(base / value))
-        values[key] = value
+            problems.append(f"[{section}] {key} = {text}: {error}")
+            values[key] = parse_value(option["default"], parse, base)
+
     config = Config(**values)
-    problems += [f"{path}: {problem}" for problem in contradictions(config)]
-    return config
+    problems += contradictions(config)
+    return config, [f"{path}: {problem}" for problem in problems]
 
 
 def contradictions(config: Config) -> Iterator[str]:
     """Yield what is wrong with several keys together, or with what they name."""
     if config.key_file and not config.cert_file:
         yield "[Launch] key_file: is of no use without cert_file"
+
     material = os.path.realpath(config.material_dir)
     private = [config.path, config.user_list, config.storage_dir]
     for path in (*private, config.cert_file, config.key_file):
@@ -519,8 +1216,9 @@ def contradictions(config: Config) -> Iterator[str]:
                 f"[Setup] material_dir = {config.material_dir}: {path} lies in it,"
                 " which is not for students; make a directory with the material alone"
             )
-    low = read_login_defs("GID_MIN", 1000)
-    with contextlib.suppress(KeyError):
+
+    with contextlib.suppress(KeyError):  # a group that setup will make
+        low = read_login_defs("GID_MIN", 1000)
         if config.group and grp.getgrnam(config.group).gr_gid < low:
             yield (
                 f"[Setup] group = {config.group}: is a group of the system, with rights"
@@ -529,10 +1227,135 @@ def contradictions(config: Config) -> Iterator[str]:
 
 
 # -------------------------------------------------------------------------------------
-# Students
+# The list of students
+#
+# `CsvDocument` is a CSV file of raw cells and knows nothing of students. `Roster` is
+# what a document says of students, with the lock of its file, and changes to it.
 # -------------------------------------------------------------------------------------
 
 COLUMNS = ("username", "name", "surname", "email", "sys-pass", "nb-pass", "port")
+MAX_PASSWORD_LENGTH = 200  # what chpasswd(8) surely takes
+# Letters and digits that cannot be taken for one another on paper.
+PASSWORD_ALPHABET = "".join(set(string.ascii_letters + string.digits) - set("0O1lI"))
+
+
+@dataclasses.dataclass
+class Record:
+    """A record of a CSV file: where it begins, its raw cells and its line end."""
+
+    line: int
+    cells: list[str]
+    end: str
+
+
+class CsvDocument:
+    """A CSV file, held as it was written: only the cells that are set change.
+
+    Raw cells keep their quotes and blanks. So columns of the teacher's own, quoting,
+    line ends, byte-order mark and encoding stay as they are.
+
+    Source: RFC 4180, with comma, semicolon or tab as the delimiter.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        """Raises: ValueError for what cannot be read as CSV at all."""
+        if data.startswith(b"PK\3\4"):
+            raise ValueError("is a workbook; save it as CSV, and name that")
+        self.bom, self.encoding, text = decode_text(data)
+        if not text.strip() or "\0" in text:
+            raise ValueError("needs a header line that names `username`")
+
+        self.delimiter = max(",;\t", key=text.splitlines()[0].count)
+        self.records = list(split_records(text, self.delimiter))
+        self.header = [unquote(cell).lower() for cell in self.records[0].cells]
+        self.rows = [each for each in self.records[1:] if any(map(unquote, each.cells))]
+
+    def values(self, row: Record) -> dict[str, str]:
+        """Return what a row says, by column."""
+        return dict(zip(self.header, map(unquote, row.cells), strict=False))
+
+    def set_value(self, row: Record, column: str, value: str) -> None:
+        """Set a cell, in a new column if there is none of that name."""
+        if self.values(row).get(column, "") == value:
+            return
+        if column not in self.header:
+            self.header.append(column)
+            self.records[0].cells.append(column)
+
+        i = self.header.index(column)
+        row.cells += [""] * (i + 1 - len(row.cells))  # a row may end early
+        was_quoted = row.cells[i].startswith('"')
+        row.cells[i] = quote(value, self.delimiter, was_quoted)
+
+    def encode(self) -> bytes:
+        """Return the whole file."""
+        text = "".join(
+            self.delimiter.join(record.cells) + record.end for record in self.records
+        )
+        return self.bom + text.encode(self.encoding)
+
+
+def decode_text(data: bytes) -> tuple[bytes, str, str]:
+    """Return the byte-order mark, if any, the encoding that it tells, and the text.
+
+    Without one it is UTF-8, else what Excel writes. Raises: ValueError.
+    """
+    for bom, encoding in (
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    ):
+        if data.startswith(bom):
+            try:
+                return bom, encoding, data.removeprefix(bom).decode(encoding)
+            except UnicodeDecodeError:
+                name = encoding.upper()
+                raise ValueError(f"is no {name} text; save it again") from None
+
+    for encoding in ("utf-8", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return b"", encoding, data.decode(encoding)
+    return b"", "latin-1", data.decode("latin-1")
+
+
+def unquote(cell: str) -> str:
+    """Return what a raw cell says, without blanks at its ends."""
+    if cell.startswith('"'):
+        cell = cell[1:-1].replace('""', '"')
+    return cell.strip()
+
+
+def quote(value: str, delimiter: str, always: bool) -> str:
+    """Return the raw cell for a value, quoted if it must be."""
+    if always or re.search(rf'["{delimiter}\r\n]', value):
+        return '"' + value.replace('"', '""') + '"'
+    return value
+
+
+def split_records(text: str, delimiter: str) -> Iterator[Record]:
+    """Cut CSV text into records of raw cells; nothing is lost.
+
+    Raises: ValueError for a quote that is never closed, or text after a closing one.
+    """
+    cell = rf'("(?:[^"]|"")*"|[^"{delimiter}\r\n][^{delimiter}\r\n]*|)'
+    pattern = re.compile(rf"{cell}({delimiter}|\r\n|\n|\r|\Z)")
+    position, line, record = 0, 1, Record(1, [], "")
+
+    # After a last delimiter there is one more cell, which is empty.
+    while position < len(text) or record.cells:
+        match = pattern.match(text, position)
+        if not match:
+            raise ValueError(
+                f"line {line}: a quotation mark is not closed, or stands in the middle"
+                " of a cell"
+            )
+        position = match.end()
+        line += len(re.findall(r"\r\n|\n|\r", match[0]))
+        record.cells.append(match[1])
+        if match[2] != delimiter:
+            record.end = match[2]
+            yield record
+            record = Record(line, [], "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -552,118 +1375,110 @@ class Student:
         return f"{self.name} {self.surname}".strip()
 
 
-@dataclasses.dataclass
-class Record:
-    """A record of a CSV file: where it begins, its raw cells and its line end."""
+def student_problems(student: Student) -> Iterator[str]:
+    """Yield what is wrong with one row."""
+    username = student.username
+    if not username:
+        yield "the username is missing"
+    elif not USERNAME.fullmatch(username):
+        yield (
+            f"{username!r} cannot be a username: use at most 32 lower-case letters,"
+            " digits, - _ and . that begin with a letter or _"
+        )
+    elif not is_ordinary(username):
+        yield f"{username!r} is a system account and cannot be a student"
 
-    line: int
-    cells: list[str]
-    end: str
+    for column, text in (("sys-pass", student.sys_pass), ("nb-pass", student.nb_pass)):
+        if len(text) > MAX_PASSWORD_LENGTH:
+            yield f"the {column} is longer than {MAX_PASSWORD_LENGTH} characters"
+        if not text.isprintable():
+            yield f"the {column} has a line break or another unprintable character"
+
+    if student.port and not re.fullmatch(r"[0-9]{1,5}", student.port):
+        yield f"the port {student.port!r} is not a number; leave it empty for any"
 
 
-class StudentList:
-    """The CSV file, held as it was written: only the cells that we set change.
+class Roster:
+    """The students of a course, and the file that lists them.
 
-    Each record is a list of raw cells (quotes included) and its line end, so that
-    columns of the teacher's own, quoting, line ends, byte-order mark and encoding stay
-    as they are. Source: RFC 4180, with comma, semicolon or tab as the delimiter.
+    A command that changes it does so within `locked`, and writes with `save`.
     """
 
-    def __init__(self, path: Path, problems: list[str]) -> None:
-        """Read and check the file; what is wrong with it is added to `problems`."""
+    def __init__(self, path: Path) -> None:
+        """Raises: UsageError for a file that cannot be read as CSV at all."""
         self.path = Path(os.path.realpath(path))
         self.lock_fd = -1
         self.changes: dict[str, dict[str, str]] = {}
         self.load()
-        problems += [f"{self.path}: {problem}" for problem in self.check()]
 
     def load(self) -> None:
-        """Read the file into raw records.
-
-        Raises: UsageError for a file that cannot be read as CSV at all.
-        """
         try:
-            data = self.path.read_bytes()
+            self.data = self.path.read_bytes()
+            self.document = CsvDocument(self.data)
         except OSError as error:
             raise UsageError(
                 f"{self.path}: the list of students cannot be read: {error.strerror}"
             ) from None
-        self.data = data
-        if data.startswith(b"PK\3\4"):
-            raise UsageError(
-                f"{self.path}: is a workbook; save it as CSV, and name that"
-            )
-        try:
-            self.mark, self.encoding, text = decode(data)
-        except UnicodeDecodeError as error:
-            name = error.encoding.upper()
-            raise UsageError(f"{self.path}: is no {name} text; save it anew") from None
-        if not text.strip() or "\0" in text:
-            raise UsageError(f"{self.path}: needs a header line that names `username`")
-        self.delimiter = max(",;\t", key=text.splitlines()[0].count)
-        self.records = list(split_records(text, self.delimiter, self.path))
-        self.header = [unquote(cell).lower() for cell in self.records[0].cells]
-        self.rows = [each for each in self.records[1:] if any(map(unquote, each.cells))]
-        self.by_name = {self.student(each).username: each for each in self.rows}
+        except ValueError as error:
+            raise UsageError(f"{self.path}: {error}") from None
+        self.rows = {self.student_of(row).username: row for row in self.document.rows}
 
-    def check(self) -> Iterator[str]:
+    def problems(self) -> Iterator[str]:
         """Yield what is wrong, with line numbers."""
-        if "username" not in self.header:
-            found = ", ".join(f"`{printable(name)}`" for name in self.header)
+        for line, problem in (*self.header_problems(), *self.row_problems()):
+            yield f"{self.path}: line {line}: {problem}"
+
+    def header_problems(self) -> Iterator[tuple[int, str]]:
+        header = self.document.header
+        if "username" not in header:
+            found = ", ".join(f"`{printable(name)}`" for name in header)
             yield (
-                "line 1: must name the columns, such as username,name,surname, with"
-                f" commas, semicolons or tabs between; found {found}, no `username`"
+                1,
+                "must name the columns, such as username,name,surname, with commas,"
+                f" semicolons or tabs between; found {found}, no `username`",
             )
-            return
         for name in COLUMNS:
-            if self.header.count(name) > 1:
-                yield f"line 1: the header has more than one column `{name}`"
+            if header.count(name) > 1:
+                yield 1, f"the header has more than one column `{name}`"
+
+    def row_problems(self) -> Iterator[tuple[int, str]]:
+        if "username" not in self.document.header:
+            return
+        columns = len(self.document.header)
         first_lines: dict[str, int] = {}
-        for record in self.rows:
-            student = self.student(record)
-            where = f"line {student.line}"
-            if any(map(unquote, record.cells[len(self.header) :])):
+
+        for row, student in zip(self.document.rows, self.students, strict=True):
+            if any(map(unquote, row.cells[columns:])):
                 yield (
-                    f"{where}: has more cells than the header has columns; put text"
-                    " that contains the separator in quotation marks"
+                    row.line,
+                    "has more cells than the header has columns; put text that contains"
+                    " the separator in quotation marks",
                 )
             for problem in student_problems(student):
-                yield f"{where}: {problem}"
-            first = first_lines.setdefault(student.username, student.line)
-            if first != student.line:
-                yield f"{where}: the name {student.username!r} is on line {first} too"
-
-    def student(self, record: Record) -> Student:
-        cells = [unquote(cell) for cell in record.cells]
-        values = dict(zip(self.header, cells))
-        return Student(
-            record.line,
-            *(values.get(name, "") for name in COLUMNS if name != "email"),
-        )
+                yield row.line, problem
+            first = first_lines.setdefault(student.username, row.line)
+            if first != row.line:
+                yield row.line, f"the name {student.username!r} is on line {first} too"
 
     @property
     def students(self) -> list[Student]:
-        return [self.student(record) for record in self.rows]
+        return [self.student_of(row) for row in self.document.rows]
+
+    def student_of(self, row: Record) -> Student:
+        values = self.document.values(row)
+        columns = [name for name in COLUMNS if name != "email"]
+        return Student(row.line, *(values.get(name, "") for name in columns))
+
+    def __contains__(self, username: str) -> bool:
+        return username in self.rows
 
     def update(self, username: str, **values: str) -> None:
         """Set cells of a student's row (sys_pass for the column `sys-pass`)."""
         self.changes.setdefault(username, {}).update(values)
-        if username not in self:  # the row was deleted meanwhile
-            return
-        record = self.by_name[username]
-        for key, value in values.items():
-            name = key.replace("_", "-")
-            if name not in self.header and value:
-                self.header.append(name)
-                self.records[0].cells.append(name)
-            if name in self.header and getattr(self.student(record), key) != value:
-                column = self.header.index(name)
-                record.cells += [""] * (column + 1 - len(record.cells))
-                quoted = record.cells[column].startswith('"')
-                record.cells[column] = quote(value, self.delimiter, quoted)
-
-    def __contains__(self, username: str) -> bool:
-        return username in self.by_name
+        row = self.rows.get(username)
+        if row:  # else the teacher has deleted it meanwhile
+            for key, value in values.items():
+                self.document.set_value(row, key.replace("_", "-"), value)
 
     def forget(self, username: str) -> None:
         """Clear what only counts as long as there is an account, and save that."""
@@ -682,16 +1497,16 @@ class StudentList:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the list against other notebooks.py, and read it anew.
+        """Hold the list against other notebooks.py, and read it again.
 
-        Raises: UsageError if another process holds it.
+        Raises: BusyError if another process holds it.
         """
         self.lock_fd = lock_file(self.path)
         try:
             self.load()
-            problems = list(self.check())
+            problems = list(self.problems())
             if problems:
-                raise UsageError("\n".join(f"{self.path}: {each}" for each in problems))
+                raise UsageError("\n".join(problems))
             yield
         finally:
             os.close(self.lock_fd)
@@ -700,9 +1515,10 @@ class StudentList:
     def save(self) -> None:
         """Replace the file by what is held, if that differs, and keep the lock.
 
-        The file is whole at any time; it gets mode 0600, since it holds passwords, and
+        The file is whole at any time. It gets mode 0600, since it holds passwords, and
         keeps its owner.
         """
+        # An editor or a spreadsheet does not ask for our lock.
         if self.path.read_bytes() != self.data:
             log.warning(
                 "%s was changed meanwhile: what is new there is kept", self.path
@@ -711,264 +1527,103 @@ class StudentList:
             self.load()
             for username, values in changes.items():
                 self.update(username, **values)
-        text = "".join(
-            self.delimiter.join(record.cells) + record.end for record in self.records
-        )
-        data = self.mark + text.encode(self.encoding)
+
+        data = self.document.encode()
         info = self.path.stat()
         if data == self.data and stat.S_IMODE(info.st_mode) == 0o600:
             return
-        fd = replace_file(self.path, data, info.st_uid, info.st_gid)
-        os.close(self.lock_fd)
+        fd = replace_private_file(self.path, data, info.st_uid, info.st_gid)
+        os.close(self.lock_fd)  # of the file that is replaced
         self.lock_fd, self.data = fd, data
 
 
-def replace_file(path: Path, data: bytes, uid: int, gid: int) -> int:
-    """Replace a file by a private one (mode 0600); there is always a whole one.
+def make_password(length: int) -> str:
+    return "".join(secrets.choice(PASSWORD_ALPHABET) for _ in range(length))
 
-    Returns: a descriptor of it, which holds its lock.
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """What a command works on."""
+
+    config: Config
+    roster: Roster
+    yes: bool  # do not ask
+
+
+def load_course(path: Path, yes: bool) -> Course:
+    """Read the configuration and the list of students.
+
+    Raises: UsageError with everything that is wrong in either; nothing was changed.
     """
+    config, problems = read_config(path)
     try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            os.fchown(fd, uid, gid)
-            with open(fd, "wb", closefd=False) as file:
-                file.write(data)
-            os.fsync(fd)
-            os.rename(temporary, path)
-        except BaseException:
-            os.close(fd)
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    return fd
+        roster = Roster(config.user_list)
+    except UsageError as error:
+        raise UsageError("\n".join([*problems, str(error)])) from None
+
+    problems += roster.problems()
+    if config.group in roster:
+        problems.append(f"{path}: [Setup] group = {config.group}: is a student's name")
+    if problems:
+        raise UsageError("\n".join(problems))
+    if not roster.students:
+        raise UsageError(f"{roster.path}: there is no student in it")
+    return Course(config, roster, yes)
 
 
-def decode(data: bytes) -> tuple[bytes, str, str]:
-    """Return the byte-order mark, if any, the encoding that it tells, and the text.
-
-    Without one it is UTF-8, else what Excel writes. Raises: UnicodeDecodeError.
-    """
-    for mark, encoding in (
-        (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF16_LE, "utf-16-le"),
-        (codecs.BOM_UTF16_BE, "utf-16-be"),
-    ):
-        if data.startswith(mark):
-            return mark, encoding, data.removeprefix(mark).decode(encoding)
-    for encoding in ("utf-8", "cp1252"):
-        with contextlib.suppress(UnicodeDecodeError):
-            return b"", encoding, data.decode(encoding)
-    return b"", "latin-1", data.decode("latin-1")
+# -------------------------------------------------------------------------------------
+# Members, and the accounts that setup makes
+#
+# A command looks its members up once. Each `ensure_` function does only what is missing,
+# so that a setup that was interrupted anywhere is finished by the next one.
+# -------------------------------------------------------------------------------------
 
 
-def unquote(cell: str) -> str:
-    """Return what a raw cell says, without blanks at its ends."""
-    if cell.startswith('"'):
-        cell = cell[1:-1].replace('""', '"')
-    return cell.strip()
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A student who has an account."""
+
+    student: Student
+    account: pwd.struct_passwd
+    identity: Identity
+
+    @property
+    def username(self) -> str:
+        return self.student.username
+
+    @property
+    def uid(self) -> int:
+        return self.account.pw_uid
+
+    @property
+    def home(self) -> Path:
+        return Path(self.account.pw_dir)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether setup made the account: see `is_ours`."""
+        return is_ours(self.account)
 
 
-def quote(value: str, delimiter: str, quoted: bool) -> str:
-    """Return the raw cell for a value; quoted if it must be, or was before."""
-    if quoted or re.search(rf'["{delimiter}\r\n]', value):
-        return '"' + value.replace('"', '""') + '"'
-    return value
+def find_member(student: Student) -> Member | None:
+    account = find_account(student.username)
+    return Member(student, account, identity_of(account)) if account else None
 
 
-def split_records(text: str, delimiter: str, path: Path) -> Iterator[Record]:
-    """Cut CSV text into records of raw cells; nothing is lost.
+def find_members(roster: Roster) -> list[Member]:
+    """Return those of the list who have an account."""
+    return [member for each in roster.students if (member := find_member(each))]
 
-    Raises: UsageError for a quote that is never closed, or text after a closing one.
-    """
-    cell = rf'("(?:[^"]|"")*"|[^"{delimiter}\r\n][^{delimiter}\r\n]*|)'
-    pattern = re.compile(rf"{cell}({delimiter}|\r\n|\n|\r|\Z)")
-    position, line, record = 0, 1, Record(1, [], "")
-    while position < len(text) or record.cells:
-        match = pattern.match(text, position)
-        if not match:
-            raise UsageError(
-                f"{path}: line {line}: a quotation mark is not closed, or stands in the"
-                " middle of a cell"
+
+def warn_of_strays(course: Course) -> None:
+    """Name members of the group who have an account of ours, but no row."""
+    for name in sorted(group_members(course.config.group)):
+        if name not in course.roster and is_ours(find_account(name)):
+            log.warning(
+                "%s has an account that setup made, but no row in %s; to remove it,"
+                " put the row back",
+                *(name, course.roster.path),
             )
-        position = match.end()
-        line += len(re.findall(r"\r\n|\n|\r", match[0]))
-        record.cells.append(match[1])
-        if match[2] != delimiter:
-            record.end = match[2]
-            yield record
-            record = Record(line, [], "")
-
-
-def student_problems(student: Student) -> Iterator[str]:
-    """Yield what is wrong with one row."""
-    username = student.username
-    if not username:
-        yield "the username is missing"
-    elif not USERNAME.fullmatch(username):
-        yield (
-            f"{username!r} cannot be a username: use at most 32 lower-case letters,"
-            " digits, - _ and . that begin with a letter or _"
-        )
-    elif not is_ordinary(username):
-        yield f"{username!r} is a system account and cannot be a student"
-    for column, text in (("sys-pass", student.sys_pass), ("nb-pass", student.nb_pass)):
-        if len(text) > MAX_PASSWORD_LENGTH:
-            yield f"the {column} is longer than {MAX_PASSWORD_LENGTH} characters"
-        if any(not character.isprintable() for character in text):
-            yield f"the {column} has a line break or another unprintable character"
-    if student.port and not re.fullmatch(r"[0-9]{1,5}", student.port):
-        yield f"the port {student.port!r} is not a number; leave it empty for any"
-
-
-def lock_file(path: Path) -> int:
-    """Return a descriptor that holds the lock of a file that may be replaced meanwhile.
-
-    The lock is on the file (which students cannot open), not on its directory.
-
-    Raises: UsageError if another process has it.
-    """
-    while True:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise BusyError(
-                f"{path}: another notebooks.py works with it; wait until that is done"
-            ) from None
-        if os.path.samestat(os.fstat(fd), os.stat(path)):
-            return fd
-        os.close(fd)
-
-
-# -------------------------------------------------------------------------------------
-# Accounts
-# -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until what is within has been done."""
-    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
-
-
-def check_programs() -> None:
-    """Refuse to begin what a missing program would leave half done."""
-    for name in ACCOUNT_PROGRAMS:
-        if not shutil.which(name, path=PROGRAM_PATH):
-            raise UsageError(f"the program {name} is not installed on this machine")
-
-
-def run_program(argv: Sequence[str], text: str = "") -> str:
-    """Run a program of the system's and return what it printed on standard output.
-
-    Ctrl-C waits until it has ended, and does not reach it, nor does a signal to our
-    process group: no account database is left half written or locked.
-
-    Raises: Error if it is missing or fails, with the last line of what it said.
-    """
-    log.debug("running %s", shlex.join(argv))
-    program = shutil.which(argv[0], path=PROGRAM_PATH)
-    if not program:
-        raise Error(f"the program {argv[0]} is not installed on this machine")
-    with uninterrupted():
-        done = subprocess.run(
-            [program, *argv[1:]],
-            input=text,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            env={"PATH": PROGRAM_PATH, "LC_ALL": "C.UTF-8"},
-            cwd="/",
-            start_new_session=True,
-            restore_signals=False,  # a useradd must not die of SIGPIPE if we are killed
-        )
-    if done.returncode:
-        words = done.stderr.strip() or f"exit status {done.returncode}"
-        last = words.splitlines()[-1].removeprefix(f"{argv[0]}: ")
-        raise Error(f"{argv[0]}: {last}")
-    return done.stdout
-
-
-def delete(*argv: str) -> None:
-    """Run find(1) or rm(1), which may take long; Ctrl-C ends it.
-
-    What it says is not kept: students can make it as long as they like.
-
-    Raises: Error if it fails, or does not end.
-    """
-    log.debug("running %s", shlex.join(argv))
-    process = subprocess.Popen(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={"PATH": PROGRAM_PATH},
-        cwd="/",
-    )
-    try:
-        if process.wait(DELETE_SECONDS):
-            raise Error(f"{shlex.join(argv[:2])} could not delete everything")
-    except subprocess.TimeoutExpired:
-        raise Error(f"{shlex.join(argv[:2])} does not end") from None
-    finally:
-        process.kill()  # it is not waited for: it may be stuck
-
-
-def read_login_defs(key: str, default: int) -> int:
-    """Return a number from login.defs(5)."""
-    with contextlib.suppress(OSError, ValueError):
-        text = Path("/etc/login.defs").read_text(errors="replace")
-        for number in re.findall(rf"^\s*{key}\s+(\w+)", text, re.MULTILINE):
-            return int(number, 0)
-    return default
-
-
-def find_account(username: str) -> pwd.struct_passwd | None:
-    try:
-        return pwd.getpwnam(username)
-    except KeyError:
-        return None
-
-
-def is_ordinary(username: str) -> bool:
-    """Say whether the name is free or that of a person, not of root or a service.
-
-    Above 65535 are people again, of a directory service; between lie `nobody` and what
-    systemd makes up (systemd's UIDS-GIDS).
-    """
-    account = find_account(username)
-    low, high = read_login_defs("UID_MIN", 1000), read_login_defs("UID_MAX", 60000)
-    return account is None or low <= account.pw_uid <= high or account.pw_uid > 65535
-
-
-def invoking_account() -> pwd.struct_passwd:
-    """Return the account of the user who called sudo, else that of this process."""
-    try:
-        return pwd.getpwuid(int(os.environ["SUDO_UID"]))
-    except (KeyError, ValueError):
-        return pwd.getpwuid(os.getuid())
-
-
-def is_ours(account: pwd.struct_passwd | None) -> bool:
-    """Say whether setup made this account, so that `remove` may delete it.
-
-    Source: passwd(5), GECOS subfields: full name, room, work phone, home phone, other.
-    """
-    return (
-        account is not None
-        and account.pw_gecos.split(",")[4:] == [MARK]
-        and is_ordinary(account.pw_name)
-        and account.pw_uid != invoking_account().pw_uid
-    )
 
 
 def ensure_account(student: Student, group: str) -> str:
@@ -980,43 +1635,43 @@ def ensure_account(student: Student, group: str) -> str:
     """
     account = find_account(student.username)
     if account is None:
-        home = Path("/home", student.username)
-        if os.path.lexists(home):
-            raise Error(f"{home} exists without an account; move it away first")
-        groups = ["--groups", group] if group else []
-        name = re.sub(r'[,:=\\"]', " ", printable(student.full_name))
-        try:
-            run_program(
-                ["useradd", "--no-create-home", "--home-dir", str(home), "--user-group"]
-                # No subordinate ids (subuid(5)): what runs under them is hard to find.
-                + ["--key", "SUB_UID_COUNT=0", "--key", "SUB_GID_COUNT=0"]
-                + ["--shell", "/bin/bash", *groups]
-                + ["--comment", f"{name},,,,{MARK}", "--", student.username]
-            )
-        except Error:  # unless a setup that was killed had just called it
-            if not is_ours(find_account(student.username)):
-                raise
+        add_account(student, group)
         return "new"
-    if is_ours(account) and is_closed(student.username):  # by a remove that failed
+
+    # A remove that failed has closed it.
+    if is_ours(account) and is_closed(student.username):
         run_program(["usermod", "--expiredate", "", "--", student.username])
-    if group and student.username not in grp.getgrnam(group).gr_mem:
+
+    if group and student.username not in group_members(group):
         run_program(["gpasswd", "--add", student.username, group])
         if not is_ours(account):
             return "adopted"
     return "kept"
 
 
-def read_shadow(username: str) -> list[str]:
-    """Return the fields of an account, if it has any: shadow(5)."""
-    for line in Path("/etc/shadow").read_text().splitlines():
-        if line.startswith(f"{username}:"):
-            return line.split(":")
-    return []
+def add_account(student: Student, group: str) -> None:
+    """Make an account that bears our mark, without a home.
 
+    Raises: Error.
+    """
+    home = Path("/home", student.username)
+    if os.path.lexists(home):
+        raise Error(f"{home} exists without an account; move it away first")
 
-def is_closed(username: str) -> bool:
-    """Say whether `end_account` has closed this account."""
-    return read_shadow(username)[7:8] == ["1"]
+    groups = ["--groups", group] if group else []
+    name = re.sub(r'[,:=\\"]', " ", printable(student.full_name))
+    try:
+        run_program(
+            ["useradd", "--no-create-home", "--home-dir", str(home), "--user-group"]
+            # No subordinate ids (subuid(5)): what runs under them is hard to find.
+            + ["--key", "SUB_UID_COUNT=0", "--key", "SUB_GID_COUNT=0"]
+            + ["--shell", "/bin/bash", *groups]
+            + ["--comment", f"{name},,,,{MARK}", "--", student.username]
+        )
+    except Error:
+        # A setup that was killed may have called a useradd that has just ended.
+        if not is_ours(find_account(student.username)):
+            raise
 
 
 def set_missing_passwords(students: Iterable[Student]) -> None:
@@ -1035,74 +1690,34 @@ def set_missing_passwords(students: Iterable[Student]) -> None:
         run_program(["chpasswd"], lines)
 
 
-def make_password(length: int) -> str:
-    return "".join(secrets.choice(PASSWORD_ALPHABET) for _ in range(length))
+def ensure_home(account: pwd.struct_passwd) -> None:
+    """Make the home of an account of ours, private and whole from its first moment.
 
+    A home that exists is left as it is. Source: useradd(8), the skeleton directory.
 
-def end_account(account: pwd.struct_passwd) -> None:
-    """End all that an account of ours runs, whatever its processes do, for good.
-
-    It is closed first, so that neither ssh nor cron start anything new.
-
-    Raises: Error if processes or mounts are in the way.
+    Raises: Error if that is somebody else's.
     """
-    for _, mount, *_ in psutil.disk_partitions(all=True):
-        if Path(account.pw_dir) in Path(mount).parents:  # userdel would empty it
-            raise Error(
-                f"something is mounted at {mount!r}; umount it, then remove again"
-            )
-    run_program(["usermod", "--expiredate", "1", "--", account.pw_name])
-    Path("/var/spool/cron/crontabs", account.pw_name).unlink(missing_ok=True)
-    kill_everything(account)
-
-
-def remove_account(account: pwd.struct_passwd) -> None:
-    """Delete an account of ours that was ended, and its home.
-
-    Raises: Error; what is left can be removed by the same call again.
-    """
-    runtime_dir = RUNTIME_DIR / str(account.pw_uid)
-    delete("rm", "-rf", "--one-file-system", "--", str(runtime_dir))
-    clear_empty_runtime_dir()
-    home = []
-    if is_home_of(account) and not os.path.islink(account.pw_dir):
-        home = ["--remove"]
-        # userdel cannot remove directories that are nested a thousand deep.
-        delete("find", account.pw_dir, "-xdev", "-mindepth", "1", "-delete")
-    try:
-        run_program(["userdel", *home, "--", account.pw_name])
-    except Error:  # unless a remove that was killed had just called it
-        if find_account(account.pw_name):
-            raise
-    if os.path.lexists(account.pw_dir):
-        raise Error(
-            f"the account is gone, but {account.pw_dir} was not theirs and stays"
-        )
-
-
-def delete_public_files(uids: Collection[int]) -> None:
-    """Delete what users have where everyone may write: others may get their uids."""
-    if not uids:
+    home = Path(account.pw_dir)
+    if not is_ours(account) or is_home_of(account):
         return
-    owned = " -o ".join(f"-uid {uid}" for uid in uids).split()
-    for directory in PUBLIC_DIRS:
-        if os.path.isdir(directory):
-            with contextlib.suppress(Error):  # a directory that has files of others
-                delete("find", directory, "-xdev", "(", *owned, ")", "-delete")
-    for kind, option in IPC_KINDS.items():
-        lines = Path("/proc/sysvipc", kind).read_text().splitlines()
-        names = lines[0].split()
-        for line in lines[1:]:
-            row = dict(zip(names, map(int, line.split())))
-            if row["uid"] in uids or row["cuid"] in uids:
-                with contextlib.suppress(Error):  # it has gone meanwhile
-                    run_program(["ipcrm", option, line.split()[1]])
+    if os.path.lexists(home):
+        raise Error(f"{home} is not theirs; move it away, and run setup again")
+
+    # It is built beside its place, of which a setup that was killed leaves a part.
+    unfinished = home.with_name(f".{home.name}-new")
+    delete_tree(unfinished)
+    unfinished.mkdir(mode=0o700)
+    options = ["--recursive", "--no-dereference", "--"]
+    if os.path.isdir("/etc/skel"):
+        run_program(["cp", *options, "/etc/skel/.", str(unfinished)])
+    owner = f"{account.pw_uid}:{account.pw_gid}"
+    run_program(["chown", *options, owner, str(unfinished)])
+    unfinished.rename(home)
 
 
 def leave_group(username: str, group: str) -> None:
-    with contextlib.suppress(KeyError):
-        if username in grp.getgrnam(group).gr_mem:
-            run_program(["gpasswd", "--delete", username, group])
+    if username in group_members(group):
+        run_program(["gpasswd", "--delete", username, group])
 
 
 def remove_empty_group(group: str) -> bool:
@@ -1115,60 +1730,215 @@ def remove_empty_group(group: str) -> bool:
 
 
 # -------------------------------------------------------------------------------------
-# Privileges
+# Workers: something for each member
+#
+# Effective ids belong to a whole process, so what is done with the ids of several
+# members at once takes several processes. And a student can make a process of ours sleep
+# in the kernel for ever, such as one that wants a directory which a FUSE file system of
+# theirs keeps locked. So a worker shows a sign of life each second; one that shows none
+# for long is given up, and the others go on.
+#
+# A step for one member returns a value or raises; `Outcome` collects what went wrong.
 # -------------------------------------------------------------------------------------
 
-
-class Identity(NamedTuple):
-    """The ids with which something is done."""
-
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
-
-
-def identity_of(account: pwd.struct_passwd) -> Identity:
-    groups = os.getgrouplist(account.pw_name, account.pw_gid)
-    return Identity(account.pw_uid, account.pw_gid, tuple(groups))
+HEARTBEAT_SECONDS = 1.0
+STUCK_SECONDS = 20.0  # without a sign of life
+STUCK = (
+    "something of theirs does not answer, such as a FUSE file system; end all they run"
+    " (su NAME -s /bin/sh -c 'kill -KILL -1'), and try again"
+)
 
 
-@contextlib.contextmanager
-def acting_as(identity: Identity) -> Iterator[None]:
-    """Use the effective ids of a user for the system calls within.
+@dataclasses.dataclass(frozen=True)
+class SignOfLife(Message):
+    """The worker is not stuck."""
 
-    The real and saved ids stay root's, so that the user can neither signal nor trace
-    this process, nor hold it up in a FUSE file system of theirs. Ids belong to the
-    whole process, which must have one thread. Source: credentials(7).
+
+@dataclasses.dataclass(frozen=True)
+class Done(Message):
+    """What the work returned: what JSON can express, or a message."""
+
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed(Message):
+    """The error in which the work ended; a StuckError if the worker was given up."""
+
+    reason: str
+    is_stuck: bool = False
+
+
+class Worker:
+    """A child that does something for one member."""
+
+    def __init__(self, function: Callable[[Member], Any], member: Member) -> None:
+        self.member = member
+        self.heard = time.monotonic()
+        self.answer: Message | None = None
+        self.exit_code = 0
+        # Until the child is ready to clean up, it must not be interrupted.
+        with uninterrupted():
+            self.child = Child.fork(lambda channel: work(channel, function, member))
+
+    def fileno(self) -> int:
+        return self.child.channel.fileno()
+
+    def is_finished(self) -> bool:
+        """Take what it has sent, and say whether it has ended or been given up.
+
+        Who called us may have taken their time: a sign of life may have waited.
+        """
+        while is_readable(self.fileno()):
+            self.heard = time.monotonic()
+            try:
+                message, _ = self.child.channel.receive()
+            except EOFError:
+                self.exit_code = self.child.reap()
+                return True
+            if not isinstance(message, SignOfLife):
+                self.answer = message
+
+        if time.monotonic() < self.heard + STUCK_SECONDS:
+            return False
+        self.answer = Failed(STUCK, is_stuck=True)
+        self.child.stop(0, signal.SIGKILL)
+        return True
+
+    def result(self) -> Any:
+        """Return what the work returned.
+
+        Raises: Error if it failed, StuckError if it was given up.
+        """
+        match self.answer:
+            case Done(value):
+                return value
+            case Failed(reason, is_stuck):
+                raise (StuckError if is_stuck else Error)(reason)
+        reason = explain_exit(self.exit_code)
+        raise Error(f"its process ended unexpectedly: it {reason}")
+
+
+def work(channel: Channel, function: Callable[[Member], Any], member: Member) -> None:
+    """Do the work and send its result, and until then a sign of life each second.
+
+    Runs as: root, in a child, with Ctrl-C and SIGTERM still held back.
     """
-    if identity.uid == os.geteuid():
-        yield
-        return
-    groups = os.getgroups()
+
+    def handle_interrupt(*_: object) -> NoReturn:
+        for number in INTERRUPTS:  # a second one must not interrupt the cleaning up
+            signal.signal(number, lambda *_: None)
+        raise KeyboardInterrupt
+
+    def handle_alarm(*_: object) -> None:
+        # A command that is suspended reads nothing for a while, and loses nothing.
+        with contextlib.suppress(BlockingIOError):
+            channel.send(SignOfLife(), wait=False)
+
+    for number in INTERRUPTS:
+        signal.signal(number, handle_interrupt)
+    signal.signal(signal.SIGALRM, handle_alarm)
+    signal.setitimer(signal.ITIMER_REAL, HEARTBEAT_SECONDS, HEARTBEAT_SECONDS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+
+    answer: Message
     try:
-        os.setgroups(identity.groups)
-        os.setegid(identity.gid)
-        os.seteuid(identity.uid)
-        yield
+        answer = Done(function(member))
+    except (Error, OSError) as error:
+        answer = Failed(explain(error), isinstance(error, StuckError))
+
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    with contextlib.suppress(BrokenPipeError):  # the command was killed
+        channel.send(answer)
+
+
+def run_workers(
+    function: Callable[[Member], Any], members: Iterable[Member]
+) -> Iterator[Worker]:
+    """Do something for several members at once; yield each worker when it has ended."""
+    waiting = list(members)[::-1]
+    workers: list[Worker] = []
+    try:
+        while waiting or workers:
+            while waiting and len(workers) < (os.cpu_count() or 1):
+                workers.append(Worker(function, waiting.pop()))
+            select.select(workers, [], [], HEARTBEAT_SECONDS)
+            for worker in [each for each in workers if each.is_finished()]:
+                workers.remove(worker)
+                yield worker
     finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
+        # We were interrupted. The others clean up, such as half a copied file.
+        for worker in workers:
+            worker.child.stop(1, signal.SIGTERM)
 
 
-def drop_privileges(identity: Identity) -> None:
-    """Become a user for good.
+class Outcome:
+    """Collects what a command did for each student, and says it.
 
-    Raises: RuntimeError if anything of root's is left; the process must then end.
+    A line per student goes to standard output unless that is a terminal, which shows a
+    bar; failures always go to standard error.
     """
-    os.setgroups(identity.groups)
-    os.setresgid(identity.gid, identity.gid, identity.gid)
-    os.setresuid(identity.uid, identity.uid, identity.uid)
-    with contextlib.suppress(PermissionError):
-        os.setresuid(0, 0, 0)
-    ids = {*os.getresuid(), identity.uid}, {*os.getresgid(), identity.gid}
-    groups = set(os.getgroups())
-    if ids != ({identity.uid}, {identity.gid}) or groups != set(identity.groups):
-        raise RuntimeError(f"still has ids {ids} and groups {groups}")
+
+    def __init__(self) -> None:
+        self.failures: dict[str, str] = {}
+
+    def done(self, username: str, text: str) -> None:
+        if not sys.stdout.isatty() or log.isEnabledFor(logging.INFO):
+            say(f"{username}: {text}")
+
+    def failed(self, username: str, reason: str) -> None:
+        earlier = self.failures.get(username)
+        self.failures[username] = f"{earlier}; {reason}" if earlier else reason
+
+    @contextlib.contextmanager
+    def step(self, username: str) -> Iterator[None]:
+        """Collect the error in which a step for a student ends."""
+        try:
+            yield
+        except (Error, OSError) as error:
+            self.failed(username, explain(error))
+
+    def each(
+        self,
+        function: Callable[[Member], Value],
+        members: Sequence[Member],
+        label: str = "",
+    ) -> Iterator[tuple[Member, Value]]:
+        """Have workers do something; yield the members with whom it worked, and how.
+
+        What went wrong is collected. A label has a bar shown.
+        """
+        workers: Iterable[Worker] = run_workers(function, members)
+        if label:
+            workers = progress(workers, len(members), label)
+        for worker in workers:
+            try:
+                value = worker.result()
+            except Error as error:
+                self.failed(worker.member.username, str(error))
+            else:
+                yield worker.member, value
+
+    def members(self, roster: Roster) -> list[Member]:
+        """Return those of the list who have an account; the others fail."""
+        members = find_members(roster)
+        present = {member.username for member in members}
+        for student in roster.students:
+            if student.username not in present:
+                self.failed(student.username, "has no account; run setup first")
+        return members
+
+    def report(self) -> None:
+        for username, reason in self.failures.items():
+            log.error("%s: %s", username, reason)
+
+    def finish(self, text: str) -> int:
+        """Print the summary and return the exit status."""
+        self.report()
+        if self.failures:
+            text += f" {len(self.failures)} failed: {', '.join(self.failures)}."
+        say(text)
+        return 1 if self.failures else 0
 
 
 def check_reachable() -> None:
@@ -1185,396 +1955,48 @@ def check_reachable() -> None:
             f"{sys.executable} has no Jupyter Notebook; run the notebooks.py that"
             " `sudo make install` puts into /usr/local/bin"
         )
+
+    # A link and what it leads to may lie in different directories.
     targets = [sys.executable, os.__file__, shutil.__file__, *origins]
+    paths = [Path(each) for each in (*targets, *map(os.path.realpath, targets))]
     with acting_as(identity_of(pwd.getpwnam("nobody"))):
-        for path in (*targets, *map(os.path.realpath, targets)):
-            for step in (*reversed(Path(path).parents), Path(path)):
-                need = os.X_OK if step.is_dir() else os.R_OK
-                if not os.access(step, need, effective_ids=True):
-                    raise UsageError(
-                        f"students cannot execute {sys.executable}: {step} is closed to"
-                        " them; install notebooks.py where everyone may read, as `sudo"
-                        " make install` does (into /opt/notebooks), and run that"
-                    )
+        for step in (step for path in paths for step in (*path.parents[::-1], path)):
+            need = os.X_OK if step.is_dir() else os.R_OK
+            if not os.access(step, need, effective_ids=True):
+                raise UsageError(
+                    f"students cannot execute {sys.executable}: {step} is closed to"
+                    " them; install notebooks.py where everyone may read, as `sudo"
+                    " make install` does (into /opt/notebooks), and run that"
+                )
 
 
 # -------------------------------------------------------------------------------------
-# Processes of students
+# Copying trees
+#
+# One recursive copy serves `send`, `retrieve` and the IPython profile. It reads with the
+# ids of one user and writes with those of another, so nobody gains anything by putting a
+# link, a FIFO or somebody else's file in its way.
 # -------------------------------------------------------------------------------------
 
-# What a command line runs at the root of a tree of Jupyter's processes, itself or by a
-# Python as a script or module; besides our servers, which have their title, and kernels
-# of any language with a connection file.
-JUPYTER = re.compile(
-    r"(([^\0]*/)?python[\d.]*\0(-[^\0]*\0)*)?([^\0]*/)?"
-    r"(jupyter[-\0](notebook|lab|server|nbclassic|kernel)|notebook|jupyterlab"
-    r"|jupyter_server|nbclassic|ipykernel|ipykernel_launcher)(\0|\Z)"
-)
-CONNECTION_FILE = re.compile(rf"{re.escape(str(RUNTIME_DIR))}/\d+/kernel-.*\.json")
-
-
-def read_argv(pid: int) -> list[str]:
-    """Return the beginning of a process's command line, or nothing.
-
-    A process can make it gigabytes long. Source: proc(5), /proc/PID/cmdline.
-    """
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb", 0) as file:
-        data = file.read(MAX_ARGV_BYTES)
-        return data.rstrip(b"\0").decode(errors="replace").split("\0")
-    return []
-
-
-def read_name(pid: int) -> str:
-    """Return the beginning of a process's title, or nothing.
-
-    It can be read without its memory. Source: proc(5), /proc/PID/comm: 15 bytes.
-    """
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_bytes()[:-1].decode(errors="replace")
-    return ""
-
-
-def is_jupyter(argv: Sequence[str]) -> bool:
-    """Say whether a command line is that of a notebook server or of a kernel."""
-    line = "\0".join(argv)
-    return (
-        line.startswith(SERVER_TITLE)
-        or JUPYTER.match(line) is not None
-        or any(map(CONNECTION_FILE.fullmatch, argv))
-    )
-
-
-def read_status(pid: int) -> tuple[int, bool]:
-    """Return the real uid of a process and whether it is alive.
-
-    Read here and not by psutil, whose patterns also match a name that a process gave
-    itself (`Uid: 0`). A process whose first thread is dead may have others that live.
-    Source: proc(5), /proc/PID/status. Raises: ProcessLookupError.
-    """
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
-    except FileNotFoundError:
-        raise ProcessLookupError(pid) from None
-    fields = dict(re.findall(r"^(State|Uid|Threads):\t(\w+)", text, re.MULTILINE))
-    return int(fields["Uid"]), fields["State"] not in "ZX" or int(fields["Threads"]) > 1
-
-
-def processes_by_uid(uids: Iterable[int]) -> dict[int, list[psutil.Process]]:
-    """Return the processes that run under each real uid, without dead ones."""
-    found: dict[int, list[psutil.Process]] = {uid: [] for uid in uids}
-    for pid in psutil.pids():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            uid, alive = read_status(pid)
-            if alive and uid in found:
-                found[uid].append(psutil.Process(pid))
-    return found
-
-
-def find_roots(processes: Iterable[psutil.Process]) -> set[int] | None:
-    """Return the pids of notebook servers and kernels, whoever started them.
-
-    To read a command line takes a lock on the process's memory, which a student can
-    keep for ever, as in an mmap(2) of a file in a FUSE file system of theirs.
-
-    Returns: None if to look at them all takes too long.
-    """
-    deadline = time.monotonic() + STUCK_SECONDS
-    roots = set()
-    for process in processes:
-        if time.monotonic() > deadline:
-            return None
-        if is_jupyter(read_argv(process.pid)):
-            roots.add(process.pid)
-    return roots
-
-
-def family_of(
-    processes: Iterable[psutil.Process], known: set[int]
-) -> list[psutil.Process]:
-    """Return those of one user's processes that are known, or relatives of these.
-
-    Relatives are what descends from them, and what is in a session that one of them
-    leads: an ssh login or a tmux leads its own. Their pids are added to `known`, so
-    that they are recognized without a parent; so are servers that have just started.
-    """
-    facts = {}
-    for process in processes:
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            relatives = {process.pid, process.ppid(), os.getsid(process.pid)}
-            facts[process] = relatives
-            if read_name(process.pid) == SERVER_TITLE[:15]:
-                known.add(process.pid)
-    found: set[psutil.Process] = set()
-    while new := {each for each in facts if facts[each] & known} - found:
-        found |= new
-        known |= {process.pid for process in new}
-    return sorted(found, key=lambda process: process.pid)
-
-
-def signal_process(pid: int, uid: int, number: int) -> None:
-    """Send a signal to a process if it runs under that uid, and to no other.
-
-    The descriptor names one process, whatever becomes of its pid: pidfd_open(2).
-    """
-    with contextlib.suppress(ProcessLookupError):
-        fd = os.pidfd_open(pid)
-        try:
-            if read_status(pid)[0] == uid:
-                signal.pidfd_send_signal(fd, number)
-        finally:
-            os.close(fd)
-
-
-def kill_everything(account: pwd.struct_passwd) -> None:
-    """Kill every process of a user, also those that fork faster than anyone can look.
-
-    Raises: Error if some remain.
-    """
-    identity = identity_of(account)
-    deadline = time.monotonic() + KILL_SECONDS
-    while True:
-        killed = kill_all_at_once(identity)
-        left = processes_by_uid([identity.uid])[identity.uid]
-        if killed and not left:
-            return
-        if time.monotonic() > deadline:
-            raise Error(
-                "a process of theirs cannot be killed; is it stuck on a disk, or a FUSE"
-                " file system? (mount -t fusectl x /mnt; echo 1 >/mnt/NUMBER/abort)"
-            )
-        for process in left:
-            signal_process(process.pid, identity.uid, signal.SIGKILL)
-        time.sleep(0.02)
-
-
-def kill_all_at_once(identity: Identity) -> bool:
-    """Let the kernel kill all processes of a user in one step, and say if it did.
-
-    A child becomes the user: kill(2) with pid -1 then reaches all of theirs, spares
-    only the caller, and no fork escapes it. The user's processes may kill or stop the
-    child before it comes to that.
-    """
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            drop_privileges(identity)
-            os.kill(-1, signal.SIGKILL)
-            status = 0
-        finally:
-            os._exit(status)
-    _, wait_status = os.waitpid(pid, os.WUNTRACED)
-    if os.WIFSTOPPED(wait_status):
-        os.kill(pid, signal.SIGKILL)
-        _, wait_status = os.waitpid(pid, 0)
-    return wait_status == 0
-
-
-@dataclasses.dataclass
-class Worker:
-    """A process that does something for one student, and what it has sent so far."""
-
-    student: Student
-    pid: int
-    fd: int
-    data: bytes = b""
-    heard: float = dataclasses.field(default_factory=time.monotonic)
-
-    def read(self) -> bool:
-        """Read what has come; return whether there will be more."""
-        data = os.read(self.fd, 1 << 16)
-        self.data = (self.data + data).lstrip(HEARTBEAT)  # a pickle begins with 0x80
-        self.heard = time.monotonic()
-        return bool(data)
-
-    def is_stuck(self) -> bool:
-        """Say whether it has given no sign of life for long; one may wait unread."""
-        late = time.monotonic() > self.heard + STUCK_SECONDS
-        return late and not select.select([self.fd], [], [], 0)[0]
-
-    def result(self) -> Any:
-        os.close(self.fd)
-        os.waitpid(self.pid, 0)
-        with contextlib.suppress(EOFError, pickle.UnpicklingError):
-            return pickle.loads(self.data)
-        return Error("its process ended unexpectedly; out of memory?")
-
-    def end(self, number: int) -> None:
-        """End it with a signal, and if that does not help leave it to itself."""
-        os.close(self.fd)
-        deadline = time.monotonic() + 1
-        os.kill(self.pid, number)
-        while os.waitpid(self.pid, os.WNOHANG) == (0, 0):
-            if time.monotonic() > deadline:
-                os.kill(self.pid, signal.SIGKILL)
-                return
-            time.sleep(0.01)
-
-
-def for_each_student(
-    function: Callable[[Student], Result], students: Iterable[Student]
-) -> Iterator[tuple[Student, Result | Error]]:
-    """Call a function for several students at once, each in a process of its own.
-
-    Effective ids belong to a whole process, so threads cannot do this. And a student
-    can make a process of ours sleep in the kernel for ever, such as one that wants a
-    directory which a FUSE file system of theirs keeps locked: it is given up then.
-    Yields what the function returned, or the Error that it ended in, as they come.
-    """
-    waiting = list(students)[::-1]
-    workers: dict[int, Worker] = {}
-    try:
-        while waiting or workers:
-            while waiting and len(workers) < (os.cpu_count() or 1):
-                worker = spawn_worker(function, waiting.pop())
-                workers[worker.fd] = worker
-            ready, _, _ = select.select(list(workers), [], [], HEARTBEAT_SECONDS)
-            for worker in list(workers.values()):
-                if worker.fd in ready and not worker.read():
-                    del workers[worker.fd]
-                    yield worker.student, worker.result()
-                elif worker.is_stuck():
-                    del workers[worker.fd]
-                    worker.end(signal.SIGKILL)
-                    yield worker.student, StuckError(STUCK)
-    finally:
-        for worker in workers.values():
-            worker.end(signal.SIGTERM)
-
-
-def spawn_worker(function: Callable[[Student], Any], student: Student) -> Worker:
-    """Fork a worker; it holds nothing else that is open, above all no lock."""
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-    with uninterrupted():
-        pid = os.fork()
-        if pid:
-            os.close(write_fd)
-            return Worker(student, pid, read_fd)
-        try:
-            close_all_but({0, 1, 2, write_fd})
-            send_result(function, student, write_fd)
-        except Exception:
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-
-
-def send_result(function: Callable[[Student], Any], student: Student, fd: int) -> None:
-    """Write what the function returns, and until then a sign of life each second.
-
-    Runs as: root, in a child, with Ctrl-C and SIGTERM still held back; they end it
-    after its cleaning up.
-    """
-
-    def handle_end(*_: object) -> NoReturn:
-        for number in INTERRUPTS:  # a second one must not interrupt the cleaning up
-            signal.signal(number, lambda *_: None)
-        raise KeyboardInterrupt
-
-    for number in INTERRUPTS:
-        signal.signal(number, handle_end)
-    signal.signal(signal.SIGALRM, lambda *_: os.write(fd, HEARTBEAT))
-    signal.setitimer(signal.ITIMER_REAL, HEARTBEAT_SECONDS, HEARTBEAT_SECONDS)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
-    try:
-        result = function(student)
-    except (Error, OSError) as error:
-        result = Error(explain(error))
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    with open(fd, "wb") as file:
-        pickle.dump(result, file)
-
-
-def stop_jupyter(students: Iterable[Student]) -> dict[str, str]:
-    """End the Jupyter processes of all these students at once.
-
-    Who has a process that cannot be looked at loses all of theirs, unless the account
-    is a person's own, which setup did not make: then only what ps shows as our server.
-
-    Returns: the reason for each student with whom that failed.
-    """
-    accounts = {student: pwd.getpwnam(student.username) for student in students}
-    problems: dict[str, str] = {}
-    known: dict[int, set[int]] = {each.pw_uid: set() for each in accounts.values()}
-    running = processes_by_uid(known)
-    busy = [student for student in accounts if running[accounts[student].pw_uid]]
-    hidden: list[Student] = []
-    for student, result in for_each_student(
-        lambda student: find_roots(running[accounts[student].pw_uid]), busy
-    ):
-        if result is None or isinstance(result, StuckError):
-            hidden.append(student)
-        elif isinstance(result, Error):
-            problems[student.username] = str(result)
-        else:
-            known[accounts[student].pw_uid] |= result
-    left = end_families(known)
-    for student, account in accounts.items():
-        if left[account.pw_uid]:
-            count = counted(left[account.pw_uid], "process")
-            problems[student.username] = f"{count} could not be ended"
-    for student in hidden:
-        try:
-            if not is_ours(accounts[student]):
-                raise StuckError(STUCK)
-            kill_everything(accounts[student])
-        except Error as error:
-            problems[student.username] = str(error)
-    return problems
-
-
-def end_families(known: dict[int, set[int]]) -> dict[int, int]:
-    """End processes that are known, by the uid they run under, and their families.
-
-    They get SIGTERM, a grace period, then SIGKILL for as long as new ones appear.
-
-    Returns: for each uid how many are left: 0, unless its processes keep forking.
-    """
-
-    def find_families() -> dict[int, list[psutil.Process]]:
-        running = processes_by_uid(known)
-        return {uid: family_of(running[uid], known[uid]) for uid in known}
-
-    families = find_families()
-    start = time.monotonic()
-    number = signal.SIGTERM
-    signalled: set[psutil.Process] = set()
-    while any(families.values()) and time.monotonic() < start + GRACE_SECONDS * 2:
-        if number == signal.SIGTERM and time.monotonic() > start + GRACE_SECONDS:
-            number = signal.SIGKILL
-        for uid, processes in families.items():
-            for process in processes:
-                if number == signal.SIGKILL or process not in signalled:
-                    signal_process(process.pid, uid, number)
-                    signalled.add(process)
-        time.sleep(0.1)
-        families = find_families()
-    return {uid: len(processes) for uid, processes in families.items()}
-
-
-def close_all_but(fds: set[int]) -> None:
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in fds:
-            with contextlib.suppress(OSError):
-                os.close(int(name))
-
-
-# -------------------------------------------------------------------------------------
-# Files
-# -------------------------------------------------------------------------------------
+MAX_ENTRIES = 100_000  # of a directory of a student's that is tidied up
+MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
+ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
+PART_PREFIX = ".notebooks-part-"  # of files that are not whole yet
+MAX_NAME_BYTES = 255  # of a file in most file systems
+COPY_CHUNK_BYTES = 1 << 24
+COMPARE_CHUNK_BYTES = 1 << 18
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK a FIFO, or a file with a lease on it (fcntl(2)), would hold us up.
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-NOWHERE = os.devnull  # in the place of a directory: nothing is found in it
+TEMPORARY_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # What copy_file_range(2) says where it does not work, and a full disk (write(2)).
 NOT_SHARED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-TEMPORARY_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclasses.dataclass
-class CopyReport:
+class CopyReport(Message):
     """What a copy did, in numbers of files, and the first things that went wrong."""
 
     new: int = 0
@@ -1633,11 +2055,11 @@ def open_directory(
             fd = os.open(start, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             for part in parts:
                 path = path / part
-                if create:
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(part, 0o700, dir_fd=fd)
-                parent, fd = fd, os.open(part, DIRECTORY_FLAGS, dir_fd=fd)
-                os.close(parent)
+                with closing(fd) as parent_fd:
+                    if create:
+                        with contextlib.suppress(FileExistsError):
+                            os.mkdir(part, 0o700, dir_fd=parent_fd)
+                    fd = os.open(part, DIRECTORY_FLAGS, dir_fd=parent_fd)
         except NotADirectoryError:
             raise Error(
                 f"{str(path)!r} is a link or a file, not a directory: not followed"
@@ -1674,12 +2096,45 @@ def same_content(first_fd: int, second_fd: int) -> bool:
     """Compare two files from their beginnings, and leave both positions there."""
     offset = 0
     while True:
-        first = os.pread(first_fd, 1 << 18, offset)
-        if first != os.pread(second_fd, 1 << 18, offset):
+        first = os.pread(first_fd, COMPARE_CHUNK_BYTES, offset)
+        if first != os.pread(second_fd, COMPARE_CHUNK_BYTES, offset):
             return False
         if not first:
             return True
         offset += len(first)
+
+
+def free_backup_name(name: str, directory_fd: int) -> str:
+    """Return the first of `name.~1~`, `name.~2~` ... that nothing has."""
+    raw = os.fsencode(name)
+    stem = name
+    if len(raw) > MAX_NAME_BYTES - 15:
+        # Names that begin alike must not share their backups: to count up all of the
+        # others' would take time by the square of their number.
+        digest = hashlib.sha256(raw).hexdigest()[:16]
+        stem = f"{os.fsdecode(raw[:200])}-{digest}"
+
+    for number in itertools.count(1):
+        backup = f"{stem}.~{number}~"
+        try:
+            os.stat(backup, dir_fd=directory_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            break
+    return backup
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A file or directory on its way: opened for reading, and where it goes."""
+
+    path: Path  # below the source and below the destination
+    fd: int
+    info: os.stat_result
+    destination_fd: int  # of the directory that it goes into
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
 
 @dataclasses.dataclass
@@ -1699,7 +2154,7 @@ class TreeCopy:
     wanted: Callable[[Path], bool] = lambda path: True  # of relative paths
     dry_run: bool = False  # only count
     report: CopyReport = dataclasses.field(default_factory=CopyReport)
-    device: int = -1
+    device: int = -1  # the source's
 
     def run(
         self,
@@ -1710,24 +2165,33 @@ class TreeCopy:
     ) -> CopyReport:
         """Copy what is in one directory into another, which is made if it is missing.
 
-        Each is a path and the parts below it that are not followed if they are links.
+        `*_parts` lie below a trusted directory and are opened with O_NOFOLLOW.
 
         Raises: Error if one cannot be opened, or the destination can take no more.
         """
-        with contextlib.ExitStack() as stack:
-            source_fd = open_directory(source, source_parts, self.reader)
-            stack.callback(os.close, source_fd)
-            try:
-                create = not self.dry_run
-                destination_fd = open_directory(destination, parts, self.writer, create)
-            except Error:
-                if not self.dry_run:
-                    raise
-                destination_fd = os.open(NOWHERE, os.O_PATH)
-            stack.callback(os.close, destination_fd)
+        with (
+            closing(open_directory(source, source_parts, self.reader)) as source_fd,
+            closing(self.open_destination(destination, parts)) as destination_fd,
+        ):
             self.device = os.fstat(source_fd).st_dev
             self.copy_directory(source_fd, destination_fd, Path())
         return self.report
+
+    def open_destination(self, destination: Path, parts: Iterable[str]) -> int:
+        create = not self.dry_run
+        try:
+            return open_directory(destination, parts, self.writer, create)
+        except Error:
+            if create:
+                raise
+            return self.open_nowhere()
+
+    def open_nowhere(self) -> int:
+        """Return what stands in for a destination that does not exist in a dry run.
+
+        Every open below it fails with ENOTDIR.
+        """
+        return os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
 
     def charge(self, size: int) -> bool:
         """Take from the limit and say whether that was possible."""
@@ -1745,20 +2209,22 @@ class TreeCopy:
     def copy_directory(self, source_fd: int, destination_fd: int, path: Path) -> None:
         if not self.dry_run:
             self.remove_parts(destination_fd)
+
         with os.scandir(source_fd) as entries:
             for entry in entries:
-                is_part = entry.name.startswith(PART_PREFIX)
-                if is_part or not self.wanted(path / entry.name):
+                inner = path / entry.name
+                if entry.name.startswith(PART_PREFIX) or not self.wanted(inner):
                     continue
                 if not self.charge(ENTRY_BYTES):
                     self.leave_out(path / "...")
                     return
                 try:
-                    self.copy_entry(entry, source_fd, destination_fd, path)
+                    self.copy_entry(entry, source_fd, destination_fd, inner)
                 except OSError as error:
+                    # With a full disk the others would fail, too.
                     if error.errno in FULL:
                         raise Error(f"{error.strerror}; {self.report}") from None
-                    self.report.fail(path / entry.name, error)
+                    self.report.fail(inner, error)
 
     def remove_parts(self, directory_fd: int) -> None:
         """Remove what a copy that was killed has left in a directory."""
@@ -1772,142 +2238,112 @@ class TreeCopy:
         self, entry: "os.DirEntry[str]", source_fd: int, destination_fd: int, path: Path
     ) -> None:
         """Copy one entry of a directory, if it is something that is copied."""
+        # A device must not even be opened: that may have effects.
         if not (
             entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
         ):
             self.report.skipped += 1
             return
+
         with acting_as(self.reader):
             fd = os.open(entry.name, FILE_FLAGS, dir_fd=source_fd)
-        try:
-            info = os.fstat(fd)
-            deeper = info.st_dev == self.device and len(path.parts) < MAX_DEPTH
-            if stat.S_ISDIR(info.st_mode) and deeper:
-                self.enter_directory(entry.name, info, fd, destination_fd, path)
-            elif not stat.S_ISREG(info.st_mode):
-                self.report.skipped += 1
-            elif not self.charge(max(info.st_size - ENTRY_BYTES, 0)):
-                self.leave_out(path / entry.name)
-            else:
-                self.copy_file(entry.name, info, fd, destination_fd)
-        finally:
-            os.close(fd)
+        with closing(fd):
+            item = Item(path, fd, os.fstat(fd), destination_fd)
+            mode, size = item.info.st_mode, item.info.st_size
+            deeper = item.info.st_dev == self.device and len(path.parts) <= MAX_DEPTH
 
-    def enter_directory(
-        self, name: str, info: os.stat_result, fd: int, destination_fd: int, path: Path
-    ) -> None:
+            if stat.S_ISDIR(mode) and deeper:
+                self.enter_directory(item)
+            elif not stat.S_ISREG(mode):
+                self.report.skipped += 1
+            elif not self.charge(max(size - ENTRY_BYTES, 0)):
+                self.leave_out(path)
+            else:
+                self.copy_file(item)
+
+    def enter_directory(self, item: Item) -> None:
         """Copy a directory into one of the same name, made if it is missing."""
         with acting_as(self.writer):
-            inner_fd = self.open_inner(name, destination_fd)
-        try:
-            self.copy_directory(fd, inner_fd, path / name)
+            inner_fd = self.open_inner(item)
+        with closing(inner_fd):
+            self.copy_directory(item.fd, inner_fd, item.path)
             if not self.dry_run:
                 with acting_as(self.writer):
-                    os.fchmod(inner_fd, info.st_mode & 0o777 | 0o700)
-        finally:
-            os.close(inner_fd)
+                    # Without its first three bits nobody could copy into it again.
+                    os.fchmod(inner_fd, item.info.st_mode & 0o777 | 0o700)
 
-    def open_inner(self, name: str, destination_fd: int) -> int:
+    def open_inner(self, item: Item) -> int:
         """Open a directory, or make it; what else has that name is moved aside."""
+        name, directory_fd = item.name, item.destination_fd
         try:
-            return os.open(name, DIRECTORY_FLAGS, dir_fd=destination_fd)
+            return os.open(name, DIRECTORY_FLAGS, dir_fd=directory_fd)
         except (FileNotFoundError, NotADirectoryError) as error:
             if self.dry_run:
-                return os.open(NOWHERE, os.O_PATH)
+                return self.open_nowhere()
             if isinstance(error, NotADirectoryError):  # links too
-                self.move_aside(name, destination_fd)
-        os.mkdir(name, 0o700, dir_fd=destination_fd)
-        return os.open(name, DIRECTORY_FLAGS, dir_fd=destination_fd)
+                self.move_aside(item)
+        os.mkdir(name, 0o700, dir_fd=directory_fd)
+        return os.open(name, DIRECTORY_FLAGS, dir_fd=directory_fd)
 
-    def move_aside(self, name: str, directory_fd: int) -> None:
-        """Rename a file or directory to the first of `name.~1~`... that is free."""
-        stem = name
-        if len(os.fsencode(name)) > 240:  # of the 255 bytes that a name may have
-            digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
-            stem = f"{os.fsdecode(os.fsencode(name)[:200])}-{digest}"
-        for number in itertools.count(1):
-            backup = f"{stem}.~{number}~"
-            try:
-                os.stat(backup, dir_fd=directory_fd, follow_symlinks=False)
-            except FileNotFoundError:
-                break
-        os.rename(name, backup, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+    def move_aside(self, item: Item) -> None:
+        """Rename what is in the place of an item, to a backup's name."""
+        fd = item.destination_fd
+        backup = free_backup_name(item.name, fd)
+        os.rename(item.name, backup, src_dir_fd=fd, dst_dir_fd=fd)
         self.report.backups += 1
 
-    def compare(
-        self, name: str, info: os.stat_result, fd: int, destination_fd: int
-    ) -> str:
+    def compare(self, item: Item) -> str:
         """Say what a file is to the destination: new, updated, unchanged or blocked.
 
         A file with another's size and modification time, to the nanosecond, is taken to
         be unchanged. Blocked: a directory is in its place. Runs as: the writer.
         """
         try:
-            old_fd = os.open(name, FILE_FLAGS, dir_fd=destination_fd)
+            old_fd = os.open(item.name, FILE_FLAGS, dir_fd=item.destination_fd)
         except (FileNotFoundError, NotADirectoryError):
             return "new"
-        except OSError:
+        except OSError:  # a link, or unreadable
             return "updated"
-        try:
-            old = os.fstat(old_fd)
+
+        with closing(old_fd):
+            old, info = os.fstat(old_fd), item.info
             if stat.S_ISDIR(old.st_mode):
                 return "blocked"
             if not stat.S_ISREG(old.st_mode) or old.st_size != info.st_size:
                 return "updated"
-            same = old.st_mtime_ns == info.st_mtime_ns or same_content(fd, old_fd)
+            same = old.st_mtime_ns == info.st_mtime_ns or same_content(item.fd, old_fd)
             return "unchanged" if same else "updated"
-        finally:
-            os.close(old_fd)
 
-    def copy_file(
-        self, name: str, info: os.stat_result, fd: int, destination_fd: int
-    ) -> None:
+    def copy_file(self, item: Item) -> None:
         """Copy one regular file unless the destination has the same already.
 
         Runs as: the writer, so that the data count for their quota.
         """
         with acting_as(self.writer):
-            change = self.compare(name, info, fd, destination_fd)
+            change = self.compare(item)
             if change != "unchanged" and not self.dry_run:
                 aside = change == "blocked" or change == "updated" and self.backup
-                self.replace_file(name, info, fd, destination_fd, aside)
+                self.write_file(item, aside)
         vars(self.report)["updated" if change == "blocked" else change] += 1
 
-    def replace_file(
-        self,
-        name: str,
-        info: os.stat_result,
-        fd: int,
-        destination_fd: int,
-        aside: bool,
-    ) -> None:
+    def write_file(self, item: Item, aside: bool) -> None:
         """Write a file under another name, then rename it to its own."""
+        name, info, directory_fd = item.name, item.info, item.destination_fd
         temporary = PART_PREFIX + secrets.token_hex(8)
-        new_fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=destination_fd)
-        try:
-            self.report.copied_bytes += copy_data(fd, new_fd, info.st_size)
-            os.fchmod(new_fd, info.st_mode & 0o777 | 0o600)
-            os.utime(new_fd, ns=(info.st_mtime_ns, info.st_mtime_ns))
-            if aside:
-                self.move_aside(name, destination_fd)
-            os.rename(
-                temporary, name, src_dir_fd=destination_fd, dst_dir_fd=destination_fd
-            )
-        except BaseException:
-            os.unlink(temporary, dir_fd=destination_fd)
-            raise
-        finally:
-            os.close(new_fd)
-
-
-def format_bytes(count: int) -> str:
-    """Return a number of bytes as people read it, such as 1.5 GB."""
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+        new_fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd)
+        with closing(new_fd):
+            try:
+                self.report.copied_bytes += copy_data(item.fd, new_fd, info.st_size)
+                os.fchmod(new_fd, info.st_mode & 0o777 | 0o600)
+                os.utime(new_fd, ns=(info.st_mtime_ns, info.st_mtime_ns))
+                if aside:
+                    self.move_aside(item)
+                os.rename(
+                    temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd
+                )
+            except BaseException:
+                os.unlink(temporary, dir_fd=directory_fd)
+                raise
 
 
 def is_profile_file(path: Path) -> bool:
@@ -1916,41 +2352,22 @@ def is_profile_file(path: Path) -> bool:
     return python or path == Path("startup")
 
 
-def ensure_home(account: pwd.struct_passwd) -> None:
-    """Make the home of an account of ours, private and whole from its first moment.
+# -------------------------------------------------------------------------------------
+# Runtime directories
+#
+# Servers and kernels keep their connection files and sockets in a private directory of
+# their student's, below one of root's that is gone when nobody has one in it. The paths
+# are short: that of a kernel's unix socket must fit into 107 bytes (unix(7)). They are
+# not in /run, which is small: the whole system fails when a student has filled it.
+# -------------------------------------------------------------------------------------
 
-    A home that exists is left as it is. Source: useradd(8), the skeleton directory.
-
-    Raises: Error if that is somebody else's.
-    """
-    home = Path(account.pw_dir)
-    if not is_ours(account) or is_home_of(account):
-        return
-    if os.path.lexists(home):
-        raise Error(f"{home} is not theirs; move it away, and run setup again")
-    unfinished = home.with_name(f".{home.name}-new")
-    delete("rm", "-rf", "--", str(unfinished))
-    unfinished.mkdir(mode=0o700)
-    options = ["--recursive", "--no-dereference", "--"]
-    if os.path.isdir("/etc/skel"):
-        run_program(["cp", *options, "/etc/skel/.", str(unfinished)])
-    owner = f"{account.pw_uid}:{account.pw_gid}"
-    run_program(["chown", *options, owner, str(unfinished)])
-    unfinished.rename(home)
+RUNTIME_DIR = Path("/var/lib/notebooks")
+CONFIG_DIR = RUNTIME_DIR / "config"  # root's, where servers look for configuration
+TEMPLATE_HOME = RUNTIME_DIR / "template"  # does not exist
 
 
-def is_home_of(account: pwd.struct_passwd) -> bool:
-    """Say whether an account's home is there, a directory, and theirs."""
-    try:
-        info = os.stat(account.pw_dir)  # in a directory of root's: a link is root's
-    except OSError:
-        return False
-    return stat.S_ISDIR(info.st_mode) and info.st_uid == account.pw_uid
-
-
-def profile_dir(profile: str) -> Path:
-    """Return where the invoking user has an IPython profile, or would have it."""
-    return Path(invoking_account().pw_dir, ".ipython", f"profile_{profile}")
+def runtime_dir_of(account: pwd.struct_passwd) -> Path:
+    return RUNTIME_DIR / str(account.pw_uid)
 
 
 def ensure_config_dir() -> None:
@@ -1968,36 +2385,386 @@ def ensure_config_dir() -> None:
 def ensure_runtime_dir(account: pwd.struct_passwd) -> None:
     """Make the private directory of a student's runtime files."""
     ensure_config_dir()
-    directory = RUNTIME_DIR / str(account.pw_uid)
+    directory = runtime_dir_of(account)
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
+    # A launch that was killed may have left it to root.
     if os.lstat(directory).st_uid != account.pw_uid:
         os.chown(directory, account.pw_uid, account.pw_gid, follow_symlinks=False)
 
 
-def clear_runtime_dir(student: Student) -> None:
-    """Remove what servers and kernels of a student's have left."""
-    directory = RUNTIME_DIR / str(pwd.getpwnam(student.username).pw_uid)
+def clear_runtime_dir(member: Member) -> None:
+    """Remove what servers and kernels of a member's have left.
+
+    Runs as: root, with the member's ids for all that is in the directory.
+    """
+    directory = runtime_dir_of(member.account)
     with contextlib.suppress(FileNotFoundError):
-        with os.scandir(directory) as entries:
+        with acting_as(member.identity), os.scandir(directory) as entries:
             for entry in itertools.islice(entries, MAX_ENTRIES):
                 with contextlib.suppress(OSError):  # a directory: not a kernel's
                     os.unlink(entry.path)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # not empty
             directory.rmdir()
-        clear_empty_runtime_dir()
+
+
+def ensure_rehearsal_home() -> Path:
+    """Make an empty home for the template process that calls this."""
+    ensure_config_dir()
+    home = TEMPLATE_HOME.with_name(f"{TEMPLATE_HOME.name}-{os.getpid()}")
+    shutil.rmtree(home, ignore_errors=True)  # of an earlier process of this pid
+    home.mkdir(mode=0o700)
+    return home
+
+
+def clear_rehearsal_homes() -> None:
+    """Remove the homes of template processes that were killed while they rehearsed."""
+    for home in RUNTIME_DIR.glob(f"{TEMPLATE_HOME.name}-*"):
+        pid = home.name.rpartition("-")[2]
+        if not os.path.exists(f"/proc/{pid}"):
+            shutil.rmtree(home, ignore_errors=True)
 
 
 def clear_empty_runtime_dir() -> None:
     """Remove the directory above once nobody has one in it."""
+    clear_rehearsal_homes()
     with contextlib.suppress(FileNotFoundError):
         if os.listdir(RUNTIME_DIR) == [CONFIG_DIR.name]:
-            delete("rm", "-rf", "--", str(RUNTIME_DIR))
+            delete_tree(RUNTIME_DIR)
+
+
+# -------------------------------------------------------------------------------------
+# Ending processes, and accounts
+#
+# `shutdown` ends Jupyter's processes of a student and their descendants, and spares what
+# else the student runs. `remove` ends everything, and then nothing can come back.
+# Students may fork without end, stop whatever has their uid, and keep root waiting when
+# it looks at them.
+# -------------------------------------------------------------------------------------
+
+SERVER_TITLE = "notebooks.py: notebook server of "  # what ps shows
+GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
+KILL_SECONDS = 10.0  # how long processes that keep forking are fought
+MAX_ARGV_BYTES = 1 << 14
+
+# Matches a NUL-separated command line that starts Jupyter, directly or as a Python
+# script or module. Our own servers are recognized by their title, and kernels of other
+# languages by CONNECTION_FILE.
+JUPYTER = re.compile(
+    r"(([^\0]*/)?python[\d.]*\0(-[^\0]*\0)*)?([^\0]*/)?"
+    r"(jupyter[-\0](notebook|lab|server|nbclassic|kernel)|notebook|jupyterlab"
+    r"|jupyter_server|nbclassic|ipykernel|ipykernel_launcher)(\0|\Z)"
+)
+CONNECTION_FILE = re.compile(rf"{re.escape(str(RUNTIME_DIR))}/\d+/kernel-.*\.json")
+
+# Where every user may have files, and System V objects (sysvipc(7), ipcrm(1)).
+PUBLIC_DIRS = (
+    *("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run/lock"),
+    *("/var/spool/cron/atjobs", "/var/crash"),
+)
+IPC_KINDS = {"shm": "--shmem-id", "msg": "--queue-id", "sem": "--semaphore-id"}
+
+
+def read_argv(pid: int) -> list[str]:
+    """Return the beginning of a process's command line, or nothing.
+
+    A process can make it gigabytes long. Source: proc(5), /proc/PID/cmdline.
+    """
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb", 0) as file:
+        data = file.read(MAX_ARGV_BYTES)
+        return data.rstrip(b"\0").decode(errors="replace").split("\0")
+    return []
+
+
+def read_name(pid: int) -> str:
+    """Return the beginning of a process's title, or nothing.
+
+    It can be read without its memory. Source: proc(5), /proc/PID/comm: 15 bytes.
+    """
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_bytes()[:-1].decode(errors="replace")
+    return ""
+
+
+def is_jupyter(argv: Sequence[str]) -> bool:
+    """Say whether a command line is that of a notebook server or of a kernel."""
+    line = "\0".join(argv)
+    return (
+        line.startswith(SERVER_TITLE)
+        or JUPYTER.match(line) is not None
+        or any(map(CONNECTION_FILE.fullmatch, argv))
+    )
+
+
+def read_status(pid: int) -> tuple[int, bool]:
+    """Return the real uid of a process and whether it is alive.
+
+    A process whose first thread is dead may have others that live.
+
+    Source: proc(5), /proc/PID/status. Raises: ProcessLookupError.
+    """
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+
+    # Not by psutil: its patterns match a name that a process gave itself (`Uid: 0`).
+    fields = dict(re.findall(r"^(State|Uid|Threads):\t(\w+)", text, re.MULTILINE))
+    return int(fields["Uid"]), fields["State"] not in "ZX" or int(fields["Threads"]) > 1
+
+
+def processes_by_uid(uids: Iterable[int]) -> dict[int, list[psutil.Process]]:
+    """Return the processes that run under each real uid, without dead ones."""
+    found: dict[int, list[psutil.Process]] = {uid: [] for uid in uids}
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            uid, alive = read_status(pid)
+            if alive and uid in found:
+                found[uid].append(psutil.Process(pid))
+    return found
+
+
+def find_roots(processes: Iterable[psutil.Process]) -> list[int]:
+    """Return the pids of notebook servers and kernels, whoever started them.
+
+    To read a command line takes a lock on the process's memory, which a student can
+    keep for ever, as in an mmap(2) of a file in a FUSE file system of theirs.
+
+    Raises: StuckError if to look at them all takes too long.
+    """
+    deadline = time.monotonic() + STUCK_SECONDS
+    roots = []
+    for process in processes:
+        if time.monotonic() > deadline:
+            raise StuckError(STUCK)
+        if is_jupyter(read_argv(process.pid)):
+            roots.append(process.pid)
+    return roots
+
+
+def family_of(
+    processes: Iterable[psutil.Process], known: set[int]
+) -> list[psutil.Process]:
+    """Return those of one user's processes that are known, and their relatives.
+
+    Relatives are descendants of a known process, and processes in a session that it
+    leads. An ssh login or tmux leads its own session and is spared. Pids that are found
+    join `known`, so they are recognized after their parent has died.
+    """
+    relatives: dict[psutil.Process, set[int]] = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            pid = process.pid
+            relatives[process] = {pid, process.ppid(), os.getsid(pid)}
+            # A server that has just started, when the roots had been looked for.
+            if read_name(pid) == SERVER_TITLE[:15]:
+                known.add(pid)
+
+    # Each round finds one more generation.
+    found: set[psutil.Process] = set()
+    while new := {each for each in relatives if relatives[each] & known} - found:
+        found |= new
+        known |= {process.pid for process in new}
+    return sorted(found, key=lambda process: process.pid)
+
+
+def signal_process(pid: int, uid: int, number: int) -> None:
+    """Send a signal to a process if it runs under that uid, and to no other."""
+    with contextlib.suppress(ProcessLookupError), Process.open(pid) as process:
+        if read_status(pid)[0] == uid:
+            process.send_signal(number)
+
+
+def kill_everything(account: pwd.struct_passwd) -> None:
+    """Kill every process of a user, also those that fork faster than anyone can look.
+
+    Raises: Error if some remain.
+    """
+    identity = identity_of(account)
+    deadline = time.monotonic() + KILL_SECONDS
+    while True:
+        killed = kill_all_at_once(identity)
+        left = processes_by_uid([identity.uid])[identity.uid]
+        if killed and not left:
+            return
+        if time.monotonic() > deadline:
+            raise Error(
+                "a process of theirs cannot be killed; is it stuck on a disk, or a FUSE"
+                " file system? (mount -t fusectl x /mnt; echo 1 >/mnt/NUMBER/abort)"
+            )
+
+        for process in left:
+            signal_process(process.pid, identity.uid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def kill_all_at_once(identity: Identity) -> bool:
+    """Let the kernel kill all processes of a user in one step, and say if it did.
+
+    A child becomes the user: kill(2) with pid -1 then reaches all of theirs, spares
+    only the caller, and no fork escapes it.
+    """
+
+    def become_the_user_and_kill() -> None:
+        drop_privileges(identity)
+        os.kill(-1, signal.SIGKILL)
+
+    pid = fork_process(become_the_user_and_kill)
+    _, wait_status = os.waitpid(pid, os.WUNTRACED)
+    # The user's processes may stop or kill the child before it comes to that. They
+    # cannot take anything from it: without an exec it is not dumpable (prctl(2)).
+    if os.WIFSTOPPED(wait_status):
+        os.kill(pid, signal.SIGKILL)
+        _, wait_status = os.waitpid(pid, 0)
+    return wait_status == 0
+
+
+def stop_jupyter(members: Sequence[Member], outcome: Outcome) -> None:
+    """End the Jupyter processes of all these members at once.
+
+    If a student's processes cannot be inspected, all of them are killed when setup made
+    the account. For an adopted account, only processes titled as our server.
+    """
+    running = processes_by_uid({member.uid for member in members})
+    busy = [member for member in members if running[member.uid]]
+    known: dict[int, set[int]] = {member.uid: set() for member in members}
+    hidden = []
+
+    for worker in run_workers(lambda member: find_roots(running[member.uid]), busy):
+        member = worker.member
+        with outcome.step(member.username):
+            try:
+                known[member.uid] |= set(worker.result())
+            except StuckError:
+                hidden.append(member)
+
+    left = end_families(known)
+    for member in members:
+        if left[member.uid]:
+            count = counted(left[member.uid], "process")
+            outcome.failed(member.username, f"{count} could not be ended")
+
+    for member in hidden:
+        with outcome.step(member.username):
+            if not member.is_ours:
+                raise StuckError(STUCK)
+            kill_everything(member.account)
+
+
+def end_families(known: dict[int, set[int]]) -> dict[int, int]:
+    """End processes that are known, by the uid they run under, and their families.
+
+    They get SIGTERM, a grace period, then SIGKILL for as long as new ones appear.
+
+    Returns: for each uid how many are left: 0, unless its processes keep forking.
+    """
+
+    def find_families() -> dict[int, list[psutil.Process]]:
+        running = processes_by_uid(known)
+        return {uid: family_of(running[uid], known[uid]) for uid in known}
+
+    families = find_families()
+    start = time.monotonic()
+    number = signal.SIGTERM
+    signalled: set[psutil.Process] = set()
+
+    while any(families.values()) and time.monotonic() < start + GRACE_SECONDS * 2:
+        if number == signal.SIGTERM and time.monotonic() > start + GRACE_SECONDS:
+            number = signal.SIGKILL
+        for uid, processes in families.items():
+            for process in processes:
+                # A second SIGTERM might interrupt what the first has them save.
+                if number == signal.SIGKILL or process not in signalled:
+                    signal_process(process.pid, uid, number)
+                    signalled.add(process)
+        time.sleep(0.1)
+        families = find_families()
+    return {uid: len(processes) for uid, processes in families.items()}
+
+
+def end_account(account: pwd.struct_passwd) -> None:
+    """End all that an account of ours runs, whatever its processes do, for good.
+
+    Raises: Error if processes or mounts are in the way.
+    """
+    for _, mount, *_ in psutil.disk_partitions(all=True):
+        if Path(account.pw_dir) in Path(mount).parents:  # userdel would empty it
+            raise Error(
+                f"something is mounted at {mount!r}; umount it, then remove again"
+            )
+
+    # Closed first, so that neither ssh nor cron start anything new.
+    run_program(["usermod", "--expiredate", "1", "--", account.pw_name])
+    Path("/var/spool/cron/crontabs", account.pw_name).unlink(missing_ok=True)
+    kill_everything(account)
+
+
+def remove_account(account: pwd.struct_passwd) -> None:
+    """Delete an account of ours that was ended, and its home.
+
+    Runs as: root, since others may own what lies in the home. Nothing of the account's
+    runs any more, and find(1) and rm(1) follow no link.
+
+    Raises: Error; what is left can be removed by the same call again.
+    """
+    delete_tree(runtime_dir_of(account))
+    clear_empty_runtime_dir()
+
+    home = []
+    if is_home_of(account) and not os.path.islink(account.pw_dir):
+        home = ["--remove"]
+        # userdel cannot remove directories that are nested a thousand deep.
+        delete_found(account.pw_dir, "-mindepth", "1")
+    try:
+        run_program(["userdel", *home, "--", account.pw_name])
+    except Error:
+        # A remove that was killed may have called a userdel that has just ended.
+        if find_account(account.pw_name):
+            raise
+
+    if os.path.lexists(account.pw_dir):
+        raise Error(
+            f"the account is gone, but {account.pw_dir} was not theirs and stays"
+        )
+
+
+def delete_public_files(uids: Collection[int]) -> None:
+    """Delete these users' files in world-writable directories, and their IPC objects.
+
+    useradd may give their uids to somebody else.
+    """
+    if not uids:
+        return
+
+    owned = " -o ".join(f"-uid {uid}" for uid in uids).split()
+    for directory in PUBLIC_DIRS:
+        if os.path.isdir(directory):
+            with contextlib.suppress(Error):  # a directory that has files of others
+                delete_found(directory, "(", *owned, ")")
+
+    for kind, option in IPC_KINDS.items():
+        lines = Path("/proc/sysvipc", kind).read_text().splitlines()
+        names = lines[0].split()
+        for line in lines[1:]:
+            row = dict(zip(names, map(int, line.split()), strict=False))
+            if row["uid"] in uids or row["cuid"] in uids:
+                with contextlib.suppress(Error):  # it has gone meanwhile
+                    run_program(["ipcrm", option, line.split()[1]])
 
 
 # -------------------------------------------------------------------------------------
 # Certificate
+#
+# TLS everywhere. Without a certificate of the teacher's, one is made for this host's
+# names and addresses, and kept beside the configuration file.
 # -------------------------------------------------------------------------------------
+
+CERTIFICATE_NAME = "notebooks.pem"
+CERTIFICATE_DAYS = 397  # browsers refuse much longer ones
+CERTIFICATE_WARNING_DAYS = 14
+PEM_CERTIFICATE = re.compile(
+    "-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL
+)
 
 
 class Certificate(NamedTuple):
@@ -2018,8 +2785,10 @@ class Certificate(NamedTuple):
                 f"{error.filename}: the certificate or its key cannot be read:"
                 f" {error.strerror}; see the keys cert_file and key_file"
             ) from None
+
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
+            # An empty passphrase, or OpenSSL would ask for one on the terminal.
             context.load_cert_chain(self.cert_file, self.key_file, lambda: b"")
         except (ssl.SSLError, ValueError) as error:
             fault = self.fault(cert_text, key_text, error)
@@ -2049,9 +2818,15 @@ class Certificate(NamedTuple):
         return True
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 fingerprint that browsers show."""
-        command = ["openssl", "x509", "-noout", "-fingerprint", "-sha256", "-in"]
-        return run_program([*command, str(self.cert_file)]).strip().partition("=")[2]
+        """Return the SHA-256 fingerprint that browsers show, of the first in the file.
+
+        Raises: UsageError if there is none.
+        """
+        match = PEM_CERTIFICATE.search(self.cert_file.read_text("latin-1"))
+        if not match:
+            raise UsageError(f"{self.cert_file}: there is no certificate in it")
+        digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(match[0]))
+        return digest.digest().hex(":").upper()
 
 
 def host_names(config: Config) -> list[str]:
@@ -2063,11 +2838,12 @@ def host_names(config: Config) -> list[str]:
     addresses = {"127.0.0.1", "::1"}
     for entries in psutil.net_if_addrs().values():
         addresses |= {each.address for each in entries if each.family == socket.AF_INET}
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # there is no such file without IPv6
         for line in Path("/proc/net/if_inet6").read_text().splitlines():
             number, _, _, scope, flags, *_ = line.split()
             if scope == "00" and not int(flags, 16) & 1:
                 addresses.add(str(ipaddress.IPv6Address(int(number, 16))))
+
     names = {socket.gethostname(), socket.getfqdn(), "localhost"}
     address = config.server_address.strip("[]").replace("{username}", "*")
     if address:
@@ -2092,7 +2868,7 @@ def make_certificate(path: Path, names: Sequence[str]) -> None:
         + ["-subj", "/CN=notebooks.py", "-addext", "extendedKeyUsage=serverAuth"]
         + ["-addext", extension, "-keyout", "-"]
     )
-    os.close(replace_file(path, f"{extension}\n{pem}".encode(), 0, 0))
+    os.close(replace_private_file(path, f"{extension}\n{pem}".encode(), 0, 0))
 
 
 def ensure_certificate(config: Config) -> Certificate:
@@ -2102,6 +2878,7 @@ def ensure_certificate(config: Config) -> Certificate:
     """
     if not config.cert_file:
         return ensure_own_certificate(config)
+
     certificate = Certificate(config.cert_file, config.key_file or config.cert_file)
     certificate.context()
     if not certificate.valid_for(0):
@@ -2115,96 +2892,62 @@ def ensure_certificate(config: Config) -> Certificate:
 
 
 def ensure_own_certificate(config: Config) -> Certificate:
-    """Return our own certificate, made anew where it has to be.
+    """Return our own certificate, a new one where it has to be.
 
     Raises: UsageError if there is another in its place, which is left alone.
     """
     path = config.path.parent / CERTIFICATE_NAME
     certificate, names = Certificate(path, path), host_names(config)
-    if path.exists():
-        try:
-            certificate.context()
-        except UsageError as error:
-            raise UsageError(f"{error}; delete it, and a new one is made") from None
-        first_line = path.read_text("latin-1").partition("\n")[0]
-        if not first_line.startswith("subjectAltName="):
-            raise UsageError(
-                f"{path}: was not made by notebooks.py; move it away, or name it in the"
-                " key cert_file"
-            )
-        known = first_line.removeprefix("subjectAltName=").split(",")
-        missing = [name for name in names if name not in known]
-        if not missing and certificate.valid_for(CERTIFICATE_WARNING_DAYS):
-            return certificate
+    if not path.exists():
+        make_certificate(path, names)
+        return certificate
+
+    try:
+        certificate.context()
+    except UsageError as error:
+        raise UsageError(f"{error}; delete it, and a new one is made") from None
+    first_line = path.read_text("latin-1").partition("\n")[0]
+    if not first_line.startswith("subjectAltName="):
+        raise UsageError(
+            f"{path}: was not made by notebooks.py; move it away, or name it in the"
+            " key cert_file"
+        )
+
+    # Addresses that the host has lost do no harm; a name that it has gained is missed.
+    known = first_line.removeprefix("subjectAltName=").split(",")
+    missing = [name for name in names if name not in known]
+    if missing or not certificate.valid_for(CERTIFICATE_WARNING_DAYS):
         log.warning(
             "%s: made anew for %s; notebooks that run keep the old one until shutdown",
             *(path, ", ".join(missing) or "its age"),
         )
-    make_certificate(path, names)
+        make_certificate(path, names)
     return certificate
 
 
 # -------------------------------------------------------------------------------------
-# Messages between our processes
+# Launch 1: the notebook server of a student
+#
+# All of this runs in a fork of the template process, which becomes the student before
+# it reads anything of theirs. The fork holds the certificate's key. The student cannot
+# trace it or read its memory, since it changed its ids without an exec; so no code of
+# the student's may ever run in it: no configuration, no extension, no template.
 # -------------------------------------------------------------------------------------
 
+SERVER_LOG = ".notebooks.log"  # in the student's home
+IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
+CULL_SECONDS = 60  # between two looks at what is idle
+MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
+OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score_adj
 
-def send_message(
-    channel: socket.socket,
-    message: dict[str, Any],
-    fds: Sequence[int] = (),
-    flags: int = 0,
-) -> None:
-    """Send one message with descriptors.
+# Where keyctl(2) joins a session keyring, by processor: <asm/unistd.h>.
+KEYCTL_JOIN_SESSION_KEYRING = 1
+SYS_KEYCTL = {
+    **{"x86_64": 250, "i386": 288, "aarch64": 219, "riscv64": 219, "loongarch64": 219},
+    **{"arm": 311, "powerpc64le": 271, "s390x": 280, "mips64el": 5241},
+}
 
-    Shapes: a record of a SOCK_SEQPACKET socket, JSON in UTF-8. Raises: OSError if the
-    other side is gone.
-    """
-    socket.send_fds(channel, [json.dumps(message).encode()], list(fds), flags)
-
-
-def receive_message(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Receive one message; its descriptors are closed on exec.
-
-    Raises: EOFError if the other side is gone, ValueError if it talks nonsense.
-    """
-    size = MAX_MESSAGE_DESCRIPTORS * 4
-    try:
-        data, ancillary, _, _ = channel.recvmsg(
-            MAX_MESSAGE_BYTES, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC
-        )
-    except ConnectionError:
-        data, ancillary = b"", []
-    if not data:
-        raise EOFError
-    fds = [
-        int.from_bytes(content[i : i + 4], sys.byteorder)
-        for level, kind, content in ancillary
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-        for i in range(0, len(content), 4)
-    ]
-    try:
-        message = json.loads(data)
-    except (ValueError, RecursionError):
-        message = None
-    if not isinstance(message, dict):
-        for fd in fds:
-            os.close(fd)
-        raise ValueError("a message is not a JSON object")
-    return message, fds
-
-
-# -------------------------------------------------------------------------------------
-# The notebook server of a student
-# -------------------------------------------------------------------------------------
-
-# What a running server would import by and by; the last brings most of it. That is done
-# before `rehearse_start` makes anything: what lies together stays shared, 1 MB more of
-# it. tests/test_server.py finds out what is missing here.
-SERVER_MODULES = (
-    *("anyio._backends._asyncio", "babel.dates", "ipykernel.kernelspec"),
-    *("jupyter_core.migrate", "notebook.app"),
-)
+# What the menu *Save and export as* offers.
 EXPORTS = (
     *("asciidoc", "html", "latex", "markdown", "notebook", "pdf", "python", "rst"),
     *("script", "slides", "webpdf"),
@@ -2213,11 +2956,11 @@ EXPORT_SECONDS = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
-class ServerRequest:
+class ServerOrder(Message):
     """All that a student's server is told.
 
-    Shapes: crosses the process boundary as a JSON object. `password` is a hash in
-    Jupyter's format.
+    `password` is a hash in Jupyter's format. Comes with the listening socket and with
+    the terminal on which the launcher watches the start.
     """
 
     username: str
@@ -2252,17 +2995,22 @@ def server_environment(account: pwd.struct_passwd) -> dict[str, str]:
         "SHELL": account.pw_shell,
         "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
         "LANG": os.environ.get("LANG", "C.UTF-8"),
-        "JUPYTER_RUNTIME_DIR": str(RUNTIME_DIR / str(account.pw_uid)),
+        "JUPYTER_RUNTIME_DIR": str(runtime_dir_of(account)),
     }
 
 
-def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
+def start_dir_of(order: ServerOrder, account: pwd.struct_passwd) -> Path:
+    """Return where the student's notebooks start; the home if that is not there."""
+    start_dir = Path(account.pw_dir, order.start_dir)
+    return start_dir if start_dir.is_dir() else Path(account.pw_dir)
+
+
+def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     """Return the traitlets configuration of a student's server."""
     from jupyter_core.paths import ENV_JUPYTER_PATH, SYSTEM_JUPYTER_PATH
     from traitlets.config import Config as Settings
 
     config_dir = Path(account.pw_dir, ".jupyter")
-    start_dir = Path(account.pw_dir, request.start_dir)
     # What these took from the template's environment when they were imported.
     lab = {
         "user_settings_dir": str(config_dir / "lab/user-settings"),
@@ -2273,37 +3021,38 @@ def server_settings(request: ServerRequest, account: pwd.struct_passwd) -> Any:
             for path in (*ENV_JUPYTER_PATH, *SYSTEM_JUPYTER_PATH)
         ],
     }
+
     return Settings(
         ServerApp={
-            "base_url": f"/{request.username}/",
-            "port": request.port,
-            "custom_display_url": request.url,
-            "certfile": request.cert_file,  # for its name; the key was read before
+            "base_url": f"/{order.username}/",
+            "port": order.port,
+            "custom_display_url": order.url,
+            "certfile": order.cert_file,  # for its name; the key was read before
             "default_url": "/tree",
-            "root_dir": str(start_dir if start_dir.is_dir() else account.pw_dir),
+            "root_dir": str(start_dir_of(order, account)),
             "open_browser": False,
             "allow_remote_access": True,
             "cookie_secret": secrets.token_bytes(32),  # no older cookie is good
             "terminado_settings": {"shell_command": [account.pw_shell, "-l"]},
             "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
-            "kernel_spec_manager_class": kernel_spec_manager_class(request.profile),
-            "shutdown_no_activity_timeout": request.idle_seconds,
+            "kernel_spec_manager_class": kernel_spec_manager_class(order.profile),
+            "shutdown_no_activity_timeout": order.idle_seconds,
         },
         IdentityProvider={"token": ""},
         PasswordIdentityProvider={
-            "hashed_password": request.password,
+            "hashed_password": order.password,
             "password_required": True,
             "allow_password_change": False,
         },
         # Over TCP any local user can connect to a kernel's IOPub port and read it.
         KernelManager={"transport": "ipc"},
         MappingKernelManager={
-            "cull_idle_timeout": request.idle_kernel_seconds,
+            "cull_idle_timeout": order.idle_kernel_seconds,
             "cull_interval": CULL_SECONDS,
             "cull_connected": True,
         },
         TerminalManager={
-            "cull_inactive_timeout": request.idle_seconds,
+            "cull_inactive_timeout": order.idle_seconds,
             "cull_interval": CULL_SECONDS,
         },
         # Which notebooks are trusted is only remembered while the server runs: SQLite
@@ -2364,9 +3113,11 @@ def export_handlers(base_url: str) -> list[tuple[str, type]]:
         @web.authenticated
         @authorized
         async def get(self, export_format: str, path: str) -> None:
+            # The address alone must not do: another site could link to it.
             self.check_xsrf_cookie()
             if export_format not in EXPORTS:
                 raise web.HTTPError(404, f"unknown export format {export_format}")
+
             manager = self.contents_manager
             model: Any = await manager.get(  # type: ignore[no-untyped-call]
                 path.strip("/"), content=False
@@ -2376,6 +3127,7 @@ def export_handlers(base_url: str) -> list[tuple[str, type]]:
                 name, data = await export_notebook(export_format, source)
             except Error as error:
                 raise web.HTTPError(500, f"nbconvert failed: {error}") from None
+
             if self.get_argument("download", "false").lower() == "true":
                 self.set_attachment_header(name)
             kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
@@ -2405,39 +3157,101 @@ async def export_notebook(export_format: str, source: str) -> tuple[str, bytes]:
         )
         try:
             _, words = await asyncio.wait_for(process.communicate(), EXPORT_SECONDS)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             process.kill()
             raise Error(f"it took more than {EXPORT_SECONDS:.0f} seconds") from None
+
         names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
         if process.returncode or not names:
             lines = words.decode(errors="replace").strip().splitlines() or ["no output"]
             raise Error(lines[-1])
+
         if len(names) == 1:
             return names[0], Path(output_dir, names[0]).read_bytes()
+        # Pictures lie beside the text that shows them.
         zipped = await asyncio.to_thread(
             shutil.make_archive, output_dir, "zip", output_dir
         )
         return f"{Path(source).stem}.zip", Path(zipped).read_bytes()
 
 
-def make_server(request: ServerRequest, account: pwd.struct_passwd) -> Any:
+def keyctl_number() -> int | None:
+    """Return the number of the system call keyctl(2), if it is known.
+
+    The interpreter decides which: it may be a 32-bit one on a 64-bit kernel.
+    """
+    multiarch = str(sysconfig.get_config_var("MULTIARCH") or "")
+    return SYS_KEYCTL.get(multiarch.partition("-")[0])
+
+
+def leave_session_keyring() -> None:
+    """Join a new session keyring: the launcher's may hold the teacher's keys.
+
+    `command_launch` warns where this cannot be done. Raises: OSError.
+    """
+    number = keyctl_number()
+    if number is None:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(number, KEYCTL_JOIN_SESSION_KEYRING, None, 0, 0, 0) < 0:
+        if ctypes.get_errno() != errno.ENOSYS:  # a kernel without keys
+            raise OSError(ctypes.get_errno(), "keyctl: cannot join a session keyring")
+
+
+def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
+    """Become the student for good, and serve their notebooks until SIGTERM.
+
+    Step 6 of a start. Runs as: root, then the student.
+    """
+    listener_fd, terminal_fd = fds
+    with closing(terminal_fd):
+        for standard in (0, 1, 2):
+            os.dup2(terminal_fd, standard)
+
+    # The key is read while root may. Nothing of the student's is read before the ids
+    # are dropped, and nothing else can be done with root's afterwards.
+    account = pwd.getpwnam(order.username)
+    context = Certificate(Path(order.cert_file), Path(order.key_file)).context()
+    resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
+    with contextlib.suppress(OSError):  # in a container it may be higher already
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
+    setproctitle.setproctitle(SERVER_TITLE + order.username)
+    # Neither the launcher's terminal nor its Ctrl-C are for this process.
+    os.setsid()
+    drop_privileges(identity_of(account))
+    leave_session_keyring()
+
+    os.environ.clear()
+    os.environ.update(server_environment(account))
+    os.umask(0o077)
+    os.chdir("/")
+    app = make_app(order, account)
+    # Kernels that are started without a path run where the server does.
+    os.chdir(start_dir_of(order, account))
+    serve(app, context, socket.socket(fileno=listener_fd))
+
+
+def make_app(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     """Return the initialized application; nothing in the home has been executed.
 
-    Runs as: the student, in the directory `/`. The configuration directory is root's
-    while Jupyter looks for Python to execute; terminals and kernels do not see that.
+    Step 7 of a start. Runs as: the student, in the directory `/`.
     """
     from jupyter_server.serverapp import ServerApp
 
+    # Root's while Jupyter looks for Python to execute. Terminals and kernels must not
+    # inherit it.
     os.environ["JUPYTER_CONFIG_DIR"] = str(CONFIG_DIR)
     # The trash directory was worked out from the template's HOME at import.
     importlib.reload(sys.modules["send2trash.plat_other"])
-    app: Any = ServerApp(config=server_settings(request, account))
+
+    app: Any = ServerApp(config=server_settings(order, account))
     app.name = "notebook"
     # The templates of nbconvert are Python in disguise, and are looked up in the home:
     # they would run in this process, which holds the host's key.
     app.default_services = [x for x in app.default_services if x != "nbconvert"]
     app.no_browser_open_file = True
     app.initialize(argv=[], new_httpserver=False)
+
     settings = Path(account.pw_dir, ".jupyter", app.config_manager.config_dir_name)
     app.config_manager.write_config_dir = str(settings)
     app.web_app.add_handlers(".*$", export_handlers(app.base_url))
@@ -2445,58 +3259,16 @@ def make_server(request: ServerRequest, account: pwd.struct_passwd) -> Any:
     return app
 
 
-def move_output_to_log() -> None:
-    """Leave the terminal on which the launcher watched the start for a log in the home.
+def serve(app: Any, context: ssl.SSLContext, listener: socket.socket) -> None:
+    """Run the application on the listening socket, until SIGTERM or for long idle.
 
-    Runs as: the student. A FIFO or a link in its place neither blocks nor leads away.
-    The terminal may have been closed already, so that a flush would fail (EIO).
-    """
-    log_fd = null_fd = os.open(os.devnull, os.O_RDWR)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
-    with contextlib.suppress(OSError):
-        fd = os.open(Path.home() / SERVER_LOG, flags, 0o600)
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            os.truncate(fd, 0)
-            log_fd = fd
-    for fd, target in ((null_fd, 0), (log_fd, 1), (log_fd, 2)):
-        os.dup2(fd, target)
-
-
-def leave_session_keyring() -> None:
-    """Join a new session keyring: the launcher's may hold the teacher's keys.
-
-    Source: keyctl(2), KEYCTL_JOIN_SESSION_KEYRING, by its numbers. Raises: OSError.
-    """
-    number = {"x86_64": 250, "aarch64": 219, "riscv64": 219}.get(os.uname().machine)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if number and libc.syscall(number, 1, None, 0, 0, 0) < 0:
-        if ctypes.get_errno() != errno.ENOSYS:
-            raise OSError(ctypes.get_errno(), "keyctl: cannot join a session keyring")
-
-
-def run_server(request: ServerRequest, listener: socket.socket) -> None:
-    """Serve a student's notebooks until SIGTERM, or until they were idle for long.
-
-    Runs as: root, then the student, for good. The order matters: the key is read while
-    root may; nothing of the student's is read before the ids are dropped.
+    Step 8 of a start. `app.start` prints the address, for which `watch_start` waits in
+    the launcher, and then runs the event loop, whose first callback leaves the terminal.
+    The whole protocol of a start rests on this order: what is printed before goes to the
+    launcher, as the reason if the start fails, and what is printed later to the log.
     """
     from tornado.httpserver import HTTPServer
 
-    account = pwd.getpwnam(request.username)
-    context = Certificate(Path(request.cert_file), Path(request.key_file)).context()
-    resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
-    with contextlib.suppress(OSError):  # in a container it may be higher already
-        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
-    setproctitle.setproctitle(SERVER_TITLE + request.username)
-    os.setsid()
-    drop_privileges(identity_of(account))
-    leave_session_keyring()
-    os.environ.clear()
-    os.environ.update(server_environment(account))
-    os.umask(0o077)
-    os.chdir("/")
-    app = make_server(request, account)
-    os.chdir(account.pw_dir)
     server = HTTPServer(
         app.web_app,
         ssl_options=context,
@@ -2510,12 +3282,344 @@ def run_server(request: ServerRequest, listener: socket.socket) -> None:
     app.start()
 
 
-# -------------------------------------------------------------------------------------
-# The template process
-# -------------------------------------------------------------------------------------
+def move_output_to_log() -> None:
+    """Leave the terminal on which the launcher watched the start for a log in the home.
+
+    Runs as: the student. A FIFO or a link in its place neither blocks nor leads away.
+    """
+    # Nothing is flushed: the launcher may have closed the terminal already (EIO).
+    log_fd = null_fd = os.open(os.devnull, os.O_RDWR)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
+    with contextlib.suppress(OSError):
+        fd = os.open(Path.home() / SERVER_LOG, flags, 0o600)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            os.truncate(fd, 0)
+            log_fd = fd
+
+    for fd, target in ((null_fd, 0), (log_fd, 1), (log_fd, 2)):
+        os.dup2(fd, target)
 
 
-def preload() -> None:
+# -------------------------------------------------------------------------------------
+# Launch 2: templates
+#
+# A template is a process that has imported, once, what its forks need. `Template` is
+# the launcher's side: it asks for forks and hears of their ends. `run_template` is the
+# process: all that is special to servers in it is what it imports and the function that
+# its forks become, so that others can use it, too.
+#
+# The order for a fork goes through a channel of its own. So the template never knows a
+# student's secrets, and no other student's server can have them in its memory.
+# -------------------------------------------------------------------------------------
+
+START_SECONDS = 60.0  # until a fork must have answered, and a server named its address
+STOP_SECONDS = 1.5  # in which a helper must have ended
+EXIT_REPORT_SECONDS = 1.0  # in which a template has reported an end that we see
+TEMPLATE_TITLE = "notebooks.py: template process"
+
+# What a running server would import by and by; the last brings most of it. Importing
+# them before `rehearse_start` allocates anything keeps 1 MB more shared.
+# tests/test_server.py fails if one is missing.
+SERVER_MODULES = (
+    *("anyio._backends._asyncio", "babel.dates", "ipykernel.kernelspec"),
+    *("jupyter_core.migrate", "notebook.app"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready(Message):
+    """A helper can do its work from now on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ForkRequest(Message):
+    """Fork; the fork takes its order from the channel that comes with this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forked(Message):
+    """A fork has taken its order; comes with a pidfd of it."""
+
+    pid: int
+
+
+@dataclasses.dataclass(frozen=True)
+class NotForked(Message):
+    """The template could not fork."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Exited(Message):
+    """A fork has ended; the code is its exit status, or the negative of a signal."""
+
+    pid: int
+    code: int
+
+
+class HelperState(enum.Enum):
+    """What became of a helper process so far."""
+
+    NEW = enum.auto()  # none has ever been ready
+    STARTING = enum.auto()
+    READY = enum.auto()
+    REPLACED = enum.auto()  # we have killed it, for the next one to be told other things
+    ENDED = enum.auto()
+
+
+class Helper:
+    """Keeps one of the launcher's own processes running: this script, executed afresh.
+
+    A process that ends is started again, unless none ever was ready.
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.state = HelperState.NEW
+        self.ready = asyncio.Event()  # set as long as the state is READY
+        self.child: Child | None = None
+
+    def greet(self) -> None:
+        """Tell a process that has just been started what it has to know."""
+
+    def handle(self, message: Message) -> None:
+        """Take what the process says."""
+
+    def cleanup(self) -> None:
+        """Do what has to be done after a process has ended."""
+
+    def enter(self, state: HelperState) -> None:
+        self.state = state
+        if state is HelperState.READY:
+            self.ready.set()
+        else:
+            self.ready.clear()
+
+    async def run(self) -> None:
+        """Keep the process running until this is cancelled.
+
+        Raises: Error or OSError if it cannot be started even once.
+        """
+        back_off = BackOff()
+        while True:
+            back_off.start()
+            reason, detail = "ended", ""
+            try:
+                detail = await self.run_once()
+            except OSError as error:  # too little memory, or too many processes
+                if self.state is HelperState.NEW:
+                    raise
+                reason = f"could not be started: {explain(error)}"
+
+            if self.state is HelperState.NEW:
+                raise Error(f"the {self.role} cannot start; what it said is above")
+            replaced = self.state is HelperState.REPLACED
+            self.enter(HelperState.ENDED)
+            if replaced:
+                continue
+            delay = back_off.next_delay()
+            log.error(
+                "the %s %s; starting it again in %.0f s%s",
+                *(self.role, reason, delay, detail),
+            )
+            await asyncio.sleep(delay)
+
+    async def run_once(self) -> str:
+        """Start the process and take what it says until it ends, or talks nonsense.
+
+        Returns: how it ended, if there is more to say than that.
+        """
+        self.child = child = Child.execute(self.role, TEMPLATE_HOME)
+        if self.state is not HelperState.NEW:
+            self.enter(HelperState.STARTING)
+        try:
+            self.greet()
+            while True:
+                await wait_readable(child.channel.fileno())
+                message, fds = child.channel.receive()
+                # Helpers send no descriptors; any that a compromised one sends are
+                # closed, or they would fill our table.
+                for fd in fds:
+                    os.close(fd)
+                if isinstance(message, Ready):
+                    self.enter(HelperState.READY)
+                self.handle(message)
+        except EOFError:
+            nonsense = ""
+        except ValueError as error:
+            nonsense = f" ({error})"
+        finally:
+            self.ready.clear()
+            self.child = None
+            code = child.stop(STOP_SECONDS)
+            self.cleanup()
+        return nonsense or (f" (it {explain_exit(code)})" if code else "")
+
+    def tell(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send a message; a helper that cannot take it at once hangs, and is ended."""
+        if self.child is None:  # it is about to be started again
+            return
+        try:
+            self.child.channel.send(message, fds, wait=False)
+        except OSError as error:
+            log.error("the %s does not listen: %s", self.role, explain(error))
+            self.child.send_signal(signal.SIGKILL)  # run_once sees its end
+
+    def replace(self) -> None:
+        """Have another process started, which `greet` tells what counts now."""
+        if self.child:  # else it is waiting to be started again
+            self.enter(HelperState.REPLACED)
+            self.child.send_signal(signal.SIGKILL)
+
+
+class Fork(Process):
+    """A process that a template has forked; `report` is set to its exit code.
+
+    There is no report if the template ends before, or never was this launcher's.
+    """
+
+    def __init__(
+        self, pid: int, pid_fd: int, report: "asyncio.Future[int] | None" = None
+    ) -> None:
+        super().__init__(pid, pid_fd)
+        self.report = report
+
+    async def wait(self) -> int | None:
+        """Wait for the end; return the exit code, or None if it is not reported."""
+        await wait_readable(self.pid_fd)
+        if self.report is None:
+            return None
+        # The report is on its way: the process is not reaped without it.
+        await asyncio.wait([self.report], timeout=EXIT_REPORT_SECONDS)
+        return self.report.result() if self.report.done() else None
+
+
+class Template(Helper):
+    """The launcher's side of a template process: asks for forks, hears of their ends."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__(role)
+        self.reports: dict[int, asyncio.Future[int]] = {}
+
+    async def fork(self, order: Message, fds: Sequence[int]) -> Fork:
+        """Have a fork take an order with these descriptors.
+
+        Step 4 of a start. Raises: Error, OSError or TimeoutError.
+        """
+        await self.ready.wait()
+        ours, theirs = Channel.pair()
+        with ours:
+            with theirs:
+                self.tell(ForkRequest(), [theirs.fileno()])
+            try:
+                ours.send(order, fds)  # it waits in the channel for the fork
+                await wait_readable(ours.fileno(), START_SECONDS)
+                answer, received = ours.receive()
+            except (EOFError, ConnectionError):
+                raise Error("the template process ended before it started it") from None
+
+        match answer:
+            case Forked(pid):
+                (pid_fd,) = received
+                report = self.reports[pid] = asyncio.get_running_loop().create_future()
+                return Fork(pid, pid_fd, report)
+            case NotForked(reason):
+                raise Error(reason)
+        raise Error(f"the template process answered {type(answer).__name__}")
+
+    def handle(self, message: Message) -> None:
+        match message:
+            case Exited(pid, code):
+                report = self.reports.pop(pid, None)
+                if report:
+                    report.set_result(code)
+
+    def cleanup(self) -> None:
+        self.reports.clear()  # nobody will report those
+        clear_rehearsal_homes()
+
+
+def run_template(
+    channel: Channel, preload: Callable[[], None], become: Callable[..., None]
+) -> None:
+    """Fork a process for each request; report the exit code of each fork that ends.
+
+    preload: imports what forks need. become: what a fork does with an order and its
+    descriptors. Runs as: root, one thread, no event loop. Ends when the launcher is gone.
+    """
+    setproctitle.setproctitle(TEMPLATE_TITLE)
+    # SIGCHLD wakes the poll below: `set_wakeup_fd` writes a byte for each signal.
+    wakeup_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    preload()
+    with contextlib.suppress(OSError):  # the launcher is gone: seen below
+        channel.send(Ready())
+
+    while True:
+        ready, _, _ = select.select([channel.fileno(), wakeup_fd], [], [])
+
+        if wakeup_fd in ready:  # before a pid can be given out again
+            with contextlib.suppress(BlockingIOError):
+                os.read(wakeup_fd, 4096)
+            report_exits(channel)
+
+        if channel.fileno() in ready:
+            try:
+                _, (fd,) = channel.receive()
+            except EOFError:
+                return
+            fork_on_request(fd, become)
+
+
+def report_exits(channel: Channel) -> None:
+    """Reap the forks that have ended, and report them."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, wait_status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            code = os.waitstatus_to_exitcode(wait_status)
+            with contextlib.suppress(OSError):  # the launcher is gone
+                channel.send(Exited(pid, code))
+
+
+def fork_on_request(fd: int, become: Callable[..., None]) -> None:
+    """Fork a process that takes its order from a channel.
+
+    Step 5 of a start.
+    """
+    try:
+        fork_process(lambda: take_order(Channel(fd), become), {fd})
+    except OSError as error:
+        with Channel(fd) as channel, contextlib.suppress(OSError):
+            channel.send(NotForked(f"cannot fork: {error.strerror}"))
+            # Closing before the order is read would reset the socket and lose this
+            # answer. recv(1) drops the record without keeping its secrets.
+            channel.socket.recv(1)
+        return
+    os.close(fd)
+
+
+def take_order(channel: Channel, become: Callable[..., None]) -> None:
+    """Receive an order, and become what it says.
+
+    Runs as: root, in the fork. All else that the template had open is closed.
+    """
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with channel:
+        try:
+            order, fds = channel.receive()
+            with Process.open(os.getpid()) as myself:
+                channel.send(Forked(os.getpid()), [myself.pid_fd])
+        except (EOFError, ConnectionError):  # the launcher does not want it any more
+            return
+    become(order, fds)
+
+
+def preload_server() -> None:
     """Import what servers need, so that forks share it."""
     warnings.simplefilter("ignore")
     for module in SERVER_MODULES:
@@ -2524,7 +3628,7 @@ def preload() -> None:
     ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     rehearse_start()
     release_memory()
-    gc.freeze()
+    gc.freeze()  # a collection writes into each object, and unshares its page
 
 
 def rehearse_start() -> None:
@@ -2538,17 +3642,20 @@ def rehearse_start() -> None:
     from jupyter_server.gateway.gateway_client import GatewayClient
     from tornado.ioloop import IOLoop
 
-    ensure_config_dir()
-    home = tempfile.mkdtemp(prefix=f"{TEMPLATE_HOME.name}-", dir=RUNTIME_DIR)
-    account = pwd.struct_passwd(("", "", 0, 0, "", home, "/bin/sh"))
-    request = ServerRequest("rehearsal", 0, "", "-", ".", "", 0, 0, "", "")
-    os.environ["HOME"] = home  # run_server sets the whole environment anew
+    home = ensure_rehearsal_home()
+    account = pwd.struct_passwd(("", "", 0, 0, "", str(home), "/bin/sh"))
+    order = ServerOrder("rehearsal", 0, "", "-", ".", "", 0, 0, "", "")
+    os.environ["HOME"] = str(home)  # become_server sets the whole environment again
     logging.disable(logging.CRITICAL)
-    app = make_server(request, account)
+    app = make_app(order, account)
     app.io_loop.run_sync(functools.partial(rehearse_visit, app))
+
+    # To validate a notebook compiles the schema of its version.
     notebook = {"cells": [], "metadata": {}, "nbformat": 4}
-    for minor in range(nbformat.current_nbformat_minor + 1):  # compiles the schemas
+    for minor in range(nbformat.current_nbformat_minor + 1):
         nbformat.validate({**notebook, "nbformat_minor": minor})
+
+    # A fork must find things as if nothing had happened.
     logging.disable(logging.NOTSET)
     for number in (*INTERRUPTS, signal.SIGUSR1):  # Jupyter handles these
         signal.signal(number, signal.SIG_DFL)
@@ -2573,987 +3680,19 @@ async def rehearse_visit(app: Any) -> None:
         raise RuntimeError(f"a rehearsed log-in page: {answer[:100]!r}")
 
 
-def run_template(channel: socket.socket) -> None:
-    """Fork a server for each channel that the launcher sends.
-
-    The request itself goes through that channel, to the fork: this process never knows
-    a student's secrets, and so no other student's server can have them in its memory.
-    Ends when the launcher is gone. Reports the wait status of each fork that ends.
-
-    Runs as: root, one thread, no event loop.
-    """
-    setproctitle.setproctitle(TEMPLATE_TITLE)
-    wakeup_read, wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(wakeup_write, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    preload()
-    with contextlib.suppress(OSError):  # the launcher is gone: seen below
-        send_message(channel, {"ready": True})
-    while True:
-        ready, _, _ = select.select([channel.fileno(), wakeup_read], [], [])
-        if wakeup_read in ready:
-            with contextlib.suppress(BlockingIOError):
-                os.read(wakeup_read, 4096)
-            reap_servers(channel)
-        if channel.fileno() in ready:
-            try:
-                _, (fd,) = receive_message(channel)
-            except EOFError:
-                return
-            spawn_server(fd)
-
-
-def spawn_server(fd: int) -> None:
-    """Fork; the child answers the request that comes through `fd` and never returns."""
-    if len(os.listdir("/proc/self/task")) != 1:
-        raise RuntimeError("the template process has more than one thread")
-    try:
-        pid = os.fork()
-    except OSError as error:
-        with socket.socket(fileno=fd) as channel, contextlib.suppress(OSError):
-            send_message(channel, {"problem": f"cannot fork: {error.strerror}"})
-            # To close with the request unread, or before it came, would cost the
-            # launcher this answer. One byte of a record is enough, without its secrets.
-            channel.recv(1)
-        return
-    if pid == 0:
-        status = 1
-        try:
-            answer_request(fd)
-            status = 0
-        except SystemExit as error:
-            status = error.code if isinstance(error.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    os.close(fd)
-
-
-def answer_request(fd: int) -> None:
-    """Receive a request with a listening socket and a terminal, and run that server.
-
-    Runs as: root, in the fork. Everything else that the template had open is closed.
-    """
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    close_all_but({0, 1, 2, fd})
-    with socket.socket(fileno=fd) as channel:
-        try:
-            message, (listener_fd, terminal_fd) = receive_message(channel)
-            pid_fd = os.pidfd_open(os.getpid())
-            send_message(channel, {"pid": os.getpid()}, [pid_fd])
-        except (EOFError, ConnectionError):  # the launcher does not want it any more
-            return
-    os.close(pid_fd)
-    for standard in (0, 1, 2):
-        os.dup2(terminal_fd, standard)
-    os.close(terminal_fd)
-    run_server(ServerRequest(**message), socket.socket(fileno=listener_fd))
-
-
-def reap_servers(channel: socket.socket) -> None:
-    """Report the forks that have ended; the launcher names the reason."""
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            with contextlib.suppress(OSError):  # the launcher is gone
-                send_message(channel, {"pid": pid, "wait_status": status})
-
-
-def explain_exit(wait_status: int) -> str:
-    """Say how a process ended."""
-    code = os.waitstatus_to_exitcode(wait_status)
-    if code >= 0:
-        return f"ended with exit status {code}"
-    hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
-    return f"was ended by signal {-code} ({signal.strsignal(-code)}){hint}"
-
-
 # -------------------------------------------------------------------------------------
-# What the commands share
+# Launch 3: the landing page
+#
+# The page on the base port leads every student to their own notebook. `Webserver` is the
+# launcher's side of it; `run_webserver` is the process, which is `nobody` and knows no
+# password. It shows the students' names to anybody, if it is told them.
 # -------------------------------------------------------------------------------------
 
-
-class Course(NamedTuple):
-    """What a command works on."""
-
-    config: Config
-    students: StudentList
-    yes: bool
-
-
-def load_course(path: Path, yes: bool) -> Course:
-    """Read the configuration and the list of students.
-
-    Raises: UsageError with everything that is wrong in either; nothing was changed.
-    """
-    problems: list[str] = []
-    config = read_config(path, problems)
-    try:
-        students = StudentList(config.user_list, problems)
-    except UsageError as error:
-        raise UsageError("\n".join([*problems, str(error)])) from None
-    if config.group in students:
-        problems.append(f"{path}: [Setup] group = {config.group}: is a student's name")
-    if problems:
-        raise UsageError("\n".join(problems))
-    if not students.students:
-        raise UsageError(f"{students.path}: there is no student in it")
-    return Course(config, students, yes)
-
-
-def progress(steps: Iterable[Result], total: int, label: str) -> Iterable[Result]:
-    """Pass steps on, with a bar if this is a terminal."""
-    if not sys.stderr.isatty() or log.isEnabledFor(logging.DEBUG):
-        return steps
-    from tqdm import tqdm
-
-    tqdm.monitor_interval = 0  # no thread: there will be forks
-    return tqdm(steps, label, total, leave=False, unit="student", file=sys.stderr)
-
-
-class Outcome:
-    """Collects what a command did for each student, and says it.
-
-    A line per student goes to standard output unless that is a terminal, which shows a
-    bar; failures always go to standard error.
-    """
-
-    def __init__(self) -> None:
-        self.failures: dict[str, str] = {}
-
-    def done(self, username: str, text: str) -> None:
-        if not sys.stdout.isatty() or log.isEnabledFor(logging.INFO):
-            say(f"{username}: {text}")
-
-    def failed(self, username: str, reason: str) -> None:
-        self.failures[username] = reason
-
-    def finish(self, text: str) -> int:
-        """Print the summary and return the exit status."""
-        for username, reason in self.failures.items():
-            log.error("%s: %s", username, reason)
-        if self.failures:
-            text += f" {len(self.failures)} failed: {', '.join(self.failures)}."
-        say(text)
-        return 1 if self.failures else 0
-
-
-def with_accounts(course: "Course", outcome: Outcome) -> list[Student]:
-    """Return the students who have an account; the others fail."""
-    present = []
-    for student in course.students.students:
-        if find_account(student.username):
-            present.append(student)
-        else:
-            outcome.failed(student.username, "has no account; run setup first")
-    return present
-
-
-def warn_of_strays(course: "Course") -> None:
-    """Name members of the group who have an account of ours, but no row."""
-    with contextlib.suppress(KeyError):
-        for name in sorted(set(grp.getgrnam(course.config.group).gr_mem)):
-            if name not in course.students and is_ours(find_account(name)):
-                log.warning(
-                    "%s has an account that setup made, but no row in %s; to remove it,"
-                    " put the row back",
-                    *(name, course.students.path),
-                )
-
-
-# -------------------------------------------------------------------------------------
-# Ports
-# -------------------------------------------------------------------------------------
-
-
-def assign_ports(students: Sequence[Student], base: int) -> dict[str, int]:
-    """Give each of N students a port of base+1 ... base+N.
-
-    It is the one in the list if it is unique and in range, else the lowest free one.
-    """
-    wanted = {each.username: int(each.port or 0) for each in students}
-    uses = collections.Counter(wanted.values())
-    ports = range(base + 1, base + len(students) + 1)
-    kept = {name: port for name, port in wanted.items() if uses[port] == 1}
-    kept = {name: port for name, port in kept.items() if port in ports}
-    free = iter(sorted({*ports} - {*kept.values()}))
-    return {name: kept.get(name) or next(free) for name in wanted}
-
-
-def bind_port(port: int) -> socket.socket:
-    """Return a socket that listens on a port in both families.
-
-    It listens at once: a port that is bound and does not listen, or is held in one
-    family only, can be taken by any user. Raises: OSError (EADDRINUSE).
-    """
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(
-            ("::", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True
-        )
-    return socket.create_server(("", port), backlog=1024)
-
-
-# For each port the pids of those who listen on it, each with its descriptor.
-Listeners = dict[int, list[tuple[int, int]]]
-
-
-def find_listeners() -> Listeners:
-    """Return who listens on which TCP port, of the first descriptors of each process.
-
-    Source: proc(5), /proc/net/tcp: local address, state (0A: LISTEN), inode.
-    """
-    ports = {}
-    for path in Path("/proc/net").glob("tcp*"):
-        for line in path.read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A":
-                ports[f"socket:[{fields[9]}]"] = int(fields[1].rpartition(":")[2], 16)
-    listeners: Listeners = {}
-    for pid in psutil.pids():
-        with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
-            for entry in itertools.islice(entries, MAX_LOOKED_DESCRIPTORS):
-                with contextlib.suppress(OSError):
-                    port = ports.get(os.readlink(entry.path))
-                    if port:
-                        listeners.setdefault(port, []).append((pid, int(entry.name)))
-    return listeners
-
-
-def describe_holder(listeners: Listeners, port: int) -> str:
-    """Name what holds a port."""
-    for pid, _ in listeners.get(port, ()):
-        with contextlib.suppress(ProcessLookupError, KeyError):
-            user = pwd.getpwuid(read_status(pid)[0]).pw_name
-            return f"{printable(read_name(pid))} (pid {pid}, user {user})"
-    return f"a process that cannot be named (`ss -tanp | grep {port}` may)"
-
-
-def find_launcher(port: int) -> int:
-    """Return the pid of the `launch` of root's that holds this base port, or 0."""
-    for pid, _ in find_listeners().get(port, ()):
-        with contextlib.suppress(ProcessLookupError):
-            is_root = read_status(pid)[0] == 0  # before its command line is read
-            if is_root and " ".join(read_argv(pid)).startswith(LAUNCHER_TITLE):
-                return pid
-    return 0
-
-
-def reload_launcher(port: int) -> None:
-    """Have a `launch` that runs read its configuration and list again."""
-    launcher = find_launcher(port)
-    if launcher:
-        signal_process(launcher, 0, signal.SIGHUP)
-        say(f"The launch that runs (pid {launcher}) has been told.")
-
-
-def take_listener(
-    listeners: Listeners, port: int, uid: int
-) -> tuple[socket.socket, int, int] | None:
-    """Duplicate the listening socket out of a student's server that still runs.
-
-    A socket that root made tells that the server is ours: a student's own socket
-    belongs to the student. Source: pidfd_getfd(2), not in Python's os yet.
-
-    Returns: the socket, the pid of the server and a descriptor of it, or None.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    for pid, number in listeners.get(port, ()):
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            pid_fd = os.pidfd_open(pid)
-            stack.callback(os.close, pid_fd)
-            if read_status(pid)[0] != uid:
-                continue
-            fd = libc.syscall(SYS_PIDFD_GETFD, pid_fd, number, 0)
-            if fd < 0:
-                continue
-            listener = stack.enter_context(socket.socket(fileno=fd))
-            if os.fstat(fd).st_uid == 0 and listener.getsockname()[1] == port:
-                stack.pop_all()
-                return listener, pid, pid_fd
-    return None
-
-
-def ensure_capacity(course: Course) -> None:
-    """Allow the descriptors that all servers need: two each, more at the start.
-
-    Our helpers and servers get as many: on the network as the system allows. Root may
-    raise the hard limit too, unless something confines it (RLIMIT_NOFILE).
-
-    Raises: UsageError if there are too few of them, or of ports.
-    """
-    config, count = course.config, len(course.students.students)
-    if config.port + count > 65535:
-        raise UsageError(f"{config.path}: [Launch] port: too few ports are above it")
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = 256 + 3 * count
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(need, hard), max(need, hard)))
-    except (OSError, ValueError):
-        raise UsageError(
-            f"{count} students need {need} open files, only {hard} are allowed: run"
-            f" `ulimit -n {need}` before, or set LimitNOFILE in the unit file"
-        ) from None
-
-
-# -------------------------------------------------------------------------------------
-# The launcher
-# -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Server:
-    """A student's server as the launcher sees it: its port, and its process if any."""
-
-    student: Student
-    uid: int
-    port: int
-    listener: socket.socket
-    pid: int = 0
-    pid_fd: int = -1  # while it runs: pidfd_open(2)
-    state: str = "stopped"  # or starting, running, failed
-    failures: int = 0  # in a row
-    settled: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-    task: "asyncio.Task[None] | None" = None
-
-    @property
-    def username(self) -> str:
-        return self.student.username
-
-
-def open_servers(
-    course: Course, outcome: Outcome, known: Mapping[str, Server]
-) -> list[Server]:
-    """Hold a port for each student who can have a server, and write it to the list.
-
-    known: servers whose ports we hold already; they get what the list says now. The
-    list is locked.
-    """
-    config, students = course.config, course.students.students
-    servers = []
-    ports = assign_ports(students, config.port)
-    listeners = find_listeners()
-    for student in with_accounts(course, outcome):
-        try:
-            server = known.get(student.username) or open_server(
-                student, ports, config.port, listeners
-            )
-        except Error as error:
-            outcome.failed(student.username, str(error))
-            continue
-        server.student = student
-        servers.append(server)
-        course.students.update(student.username, port=str(server.port))
-    try:
-        course.students.save()
-    except OSError as error:
-        log.warning("the ports could not be written: %s", explain(error))
-    return servers
-
-
-def open_server(
-    student: Student, ports: dict[str, int], base: int, listeners: Listeners
-) -> Server:
-    """Adopt the server that a student has, or bind their port, or find another one.
-
-    Raises: Error if the student has no password, or there is no free port left.
-    """
-    if not student.nb_pass:
-        raise Error("has no nb-pass; run setup first")
-    port = ports[student.username]
-    uid = pwd.getpwnam(student.username).pw_uid
-    for known in {port, int(student.port or port)}:
-        adopted = take_listener(listeners, known, uid)
-        if adopted:
-            log.info("%s: adopted, pid %d", student.username, adopted[1])
-            return Server(student, uid, known, *adopted, state="running")
-    try:
-        return Server(student, uid, port, bind_port(port))
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise Error(f"port {port}: {error.strerror}") from None
-    for other in range(base + len(ports) + 1, 65536):
-        with contextlib.suppress(OSError):
-            server = Server(student, uid, other, bind_port(other))
-            log.warning(
-                "%s: port %d is held by %s; using %d: let it through the firewall",
-                student.username,
-                port,
-                describe_holder(listeners, port),
-                other,
-            )
-            return server
-    raise Error("no port is free")
-
-
-def script_command(*arguments: str) -> list[str]:
-    """Return the command line that executes this script for as long as a course lasts.
-
-    Isolated mode keeps the environment and the current directory out of it. And of a
-    script that it is given by name Python keeps the syntax tree, 9 MB, until the end.
-    """
-    run = (
-        "import runpy, sys; del sys.argv[0];"
-        " runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    return [sys.executable, "-I", "-c", run, __file__, *arguments]
-
-
-class Helper:
-    """One of the launcher's own processes: this script, executed afresh.
-
-    It ends when our end of the socket pair is closed; one that ends before is started
-    again, unless it never was ready.
-    """
-
-    def __init__(
-        self,
-        role: str,
-        on_start: Callable[[], None],
-        on_message: Callable[[dict[str, Any]], None],
-    ) -> None:
-        self.role = role
-        self.on_start = on_start
-        self.on_message = on_message
-        self.ready = asyncio.Event()
-        self.failures = 0
-        self.proven = False
-        self.replaced = False
-
-    async def run(self) -> None:
-        """Keep the process running until this is cancelled.
-
-        What fails is tried again after a delay that doubles. Raises: Error or OSError
-        if it cannot be started even once.
-        """
-        while True:
-            reason = "ended"
-            try:
-                await self.run_once()
-            except OSError as error:  # too little memory, or too many processes
-                if not self.proven:
-                    raise
-                reason = f"could not be started: {explain(error)}"
-            if not self.proven:
-                raise Error(f"the {self.role} cannot start; what it said is above")
-            if self.replaced:
-                self.replaced = False
-                continue
-            delay = restart_delay(self.failures)
-            self.failures += 1
-            log.error(
-                "the %s %s; starting it again in %.0f s", self.role, reason, delay
-            )
-            await asyncio.sleep(delay)
-
-    async def run_once(self) -> None:
-        """Start the process and take what it says until it ends, or talks nonsense."""
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with self.channel, theirs:
-            with contextlib.suppress(PermissionError):  # in a container: 200 kB will do
-                self.channel.setsockopt(
-                    socket.SOL_SOCKET, SO_SNDBUFFORCE, MAX_MESSAGE_BYTES
-                )
-            self.process = subprocess.Popen(
-                script_command(self.role, str(theirs.fileno())),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                cwd="/",
-                env={
-                    "PATH": PROGRAM_PATH,
-                    "HOME": str(TEMPLATE_HOME),
-                    "LANG": os.environ.get("LANG", "C.UTF-8"),
-                },
-                start_new_session=True,
-            )
-            theirs.close()
-            try:
-                self.on_start()
-                while True:
-                    await wait_readable(self.channel.fileno())
-                    self.handle_message(*receive_message(self.channel))
-            except (EOFError, ValueError):
-                pass
-            finally:
-                self.ready.clear()
-                self.channel.close()
-                self.reap()
-
-    def handle_message(self, message: dict[str, Any], fds: Sequence[int]) -> None:
-        for fd in fds:  # none is expected; one must not fill our table with them
-            os.close(fd)
-        if message.get("ready"):
-            self.ready.set()
-            self.proven = True
-            self.failures = 0
-        self.on_message(message)
-
-    def reap(self) -> None:
-        """Wait for the end of the process, whose channel is closed, or kill it."""
-        try:
-            self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """Send a message; a helper that cannot take it at once hangs, and is ended."""
-        if self.channel.fileno() < 0:  # it is about to be started again
-            return
-        try:
-            send_message(self.channel, message, fds, socket.MSG_DONTWAIT)
-        except OSError as error:
-            log.error("the %s does not listen: %s", self.role, error)
-            self.process.kill()  # run_once sees its end
-
-    def replace(self) -> None:
-        """Start the process anew, with what it is told now."""
-        if self.channel.fileno() >= 0:  # else it is waiting to be started again
-            self.replaced = True
-            self.process.kill()
-
-
-def restart_delay(failures: int) -> float:
-    """Return the seconds to wait before something that failed is tried again."""
-    return min(2.0 ** min(failures, 10), MAX_RESTART_DELAY_SECONDS)
-
-
-async def wait_readable(fd: int, seconds: float | None = None) -> None:
-    """Wait until a descriptor can be read.
-
-    Raises: asyncio.TimeoutError.
-    """
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    loop.add_reader(fd, readable.set)
-    try:
-        await asyncio.wait_for(readable.wait(), seconds)
-    finally:
-        loop.remove_reader(fd)
-
-
-async def end_tasks(tasks: Iterable["asyncio.Task[Any]"]) -> None:
-    """Cancel tasks until they have ended: `wait_for` of Python 3.11 may swallow it."""
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        done, pending = await asyncio.wait(pending, timeout=0.5)
-        for task in done:
-            if not task.cancelled():
-                task.exception()  # or asyncio complains that nobody has looked at it
-
-
-def release_memory() -> None:
-    """Give back the 8 MB that compiling and importing have used: malloc_trim(3)."""
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # only the GNU C library has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def last_lines(output: str) -> str:
-    """Return the end of what a server said, in one line without control characters."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    text = " / ".join(lines[-3:]) or "it said nothing"
-    return printable(text)[-500:]
-
-
-async def watch_start(terminal_fd: int, url: str) -> None:
-    """Wait until a server names its address on its terminal, which is then closed.
-
-    Raises: Error with the last lines of its output.
-    """
-    spawn = fdpexpect.fdspawn(
-        terminal_fd, encoding="utf-8", codec_errors="replace", searchwindowsize=2000
-    )
-    outcomes: list[Any] = [re.compile(re.escape(url)), pexpect.EOF, pexpect.TIMEOUT]
-    outcome = await spawn.expect(outcomes, timeout=START_SECONDS, async_=True)
-    if outcome != 1 and spawn.async_pw_transport:  # on EOF asyncio has closed it
-        spawn.async_pw_transport[1].close()
-    if outcome:
-        reason = ("it ended", f"no address within {START_SECONDS:.0f} s")[outcome - 1]
-        words = last_lines(spawn.before or "")
-        raise Error(f"the server did not start, {reason}: {words}")
-
-
-def server_request(
-    config: Config, certificate: Certificate, server: Server
-) -> ServerRequest:
-    """Return what a student's server is told; each has secrets of its own."""
-    host = config.server_address.replace("{username}", server.username)
-    host = host or visible_address(config)
-    return ServerRequest(
-        username=server.username,
-        port=server.port,
-        url=f"https://{host}:{server.port}/{server.username}/",
-        password=hash_password(server.student.nb_pass),
-        start_dir=str(config.start_dir),
-        profile=config.profile,
-        idle_seconds=config.idle_minutes * 60,
-        idle_kernel_seconds=(config.idle_kernel_minutes or config.idle_minutes) * 60,
-        cert_file=str(certificate.cert_file),
-        key_file=str(certificate.key_file),
-    )
-
-
-class Launcher:
-    """Owns the ports, has servers started, and listens in the place of those stopped.
-
-    One mechanism serves start on demand, recovery from a crash and idle servers: a
-    connection to a port whose server does not run has it started and is answered by it.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        certificate: Certificate,
-        base_listener: socket.socket,
-        servers: Iterable[Server],
-    ) -> None:
-        self.config = config
-        self.certificate = certificate
-        self.fingerprint = certificate.fingerprint()
-        self.base_listener = base_listener
-        self.servers = {server.username: server for server in servers}
-        self.pids: dict[int, str] = {}
-        self.announced = False
-        self.memory = 0  # of all students, in bytes
-        self.starting = asyncio.Semaphore(os.cpu_count() or 1)
-        self.template = Helper("template", lambda: None, self.handle_exit_report)
-        self.web = Helper("webserver", self.brief_webserver, lambda _: None)
-
-    async def run(self) -> int:
-        """Serve until SIGTERM or Ctrl-C, and leave the notebook servers running."""
-        loop = asyncio.get_running_loop()
-        stop, reload = asyncio.Event(), asyncio.Event()
-        for number in INTERRUPTS:
-            loop.add_signal_handler(number, stop.set)
-        loop.add_signal_handler(signal.SIGHUP, reload.set)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        status = loop.create_task(self.show_status())
-        ends = [
-            loop.create_task(each)
-            for each in (
-                *(stop.wait(), self.start_all(reload)),
-                *(self.template.run(), self.web.run()),
-            )
-        ]
-        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        tend = [server.task for server in self.servers.values() if server.task]
-        await end_tasks([status, *ends, *tend])
-        running = self.count("running")
-        say(f"The web page has ended. Notebook servers that run on: {running}.")
-        for task in done:
-            task.result()  # raises what went wrong in it
-        if not self.announced:
-            return Interrupted.exit_status
-        return 1 if self.count("failed") else 0
-
-    async def start_all(self, reload: asyncio.Event) -> None:
-        """Start what has to run from the beginning, tell the teacher, then reload."""
-        await asyncio.gather(self.template.ready.wait(), self.web.ready.wait())
-        servers = list(self.servers.values())
-        for server in servers:
-            self.start_tending(server)
-        await asyncio.gather(*(server.settled.wait() for server in servers))
-        for line in self.summary():
-            say(line)
-        self.announced = True
-        release_memory()
-        while True:
-            await reload.wait()
-            reload.clear()
-            try:
-                await self.reload()
-            except BusyError:
-                reload.set()
-                await asyncio.sleep(1)
-
-    def count(self, state: str) -> int:
-        return sum(server.state == state for server in self.servers.values())
-
-    def summary(self) -> Iterator[str]:
-        address = visible_address(self.config)
-        yield f"{self.count('running')} of {len(self.servers)} notebook servers run."
-        ports = [self.config.port, *(server.port for server in self.servers.values())]
-        yield f"The firewall must let in TCP ports {min(ports)} to {max(ports)}."
-        yield f"Fingerprint of the certificate (SHA-256): {self.fingerprint}"
-        yield f"Ready: https://{address}:{self.config.port}/"
-
-    async def show_status(self) -> None:
-        """Keep a line on the terminal up to date, if this is one."""
-        if not sys.stderr.isatty():
-            return
-        from tqdm import tqdm
-        from tqdm.contrib.logging import logging_redirect_tqdm
-
-        threading.Thread(target=self.watch_memory, daemon=True).start()
-        status = tqdm(bar_format="{desc}", file=sys.stderr, leave=False)
-        with logging_redirect_tqdm(), status as line:
-            while True:
-                states = ("running", "starting", "stopped", "failed")
-                counts = ", ".join(f"{self.count(state)} {state}" for state in states)
-                text = (
-                    f"{counts}; students hold {format_bytes(self.memory)};"
-                    f" load {os.getloadavg()[0]:.1f}"
-                )
-                line.set_description_str(text[: shutil.get_terminal_size().columns - 1])
-                await asyncio.sleep(1)
-
-    def watch_memory(self) -> None:
-        """Look again and again at what the students' processes hold.
-
-        Runs as: a thread that nobody waits for, since a student may hold it up.
-        """
-        while True:
-            uids = [server.uid for server in list(self.servers.values())]
-            self.memory = memory_of_users(uids)
-            time.sleep(MEMORY_SECONDS)
-
-    def brief_webserver(self) -> None:
-        """Tell the webserver what it shows; passwords are not part of that."""
-        config = self.config
-        rows = [
-            (server.username, server.student.full_name[:100], server.port)
-            for server in self.servers.values()
-        ]
-        rows.sort(key=lambda row: row[1] or row[0])  # by what is shown of them
-        message = {
-            "title": config.web_title,
-            "address": config.server_address,
-            "port": config.port,
-            "cert_file": str(self.certificate.cert_file),
-            "key_file": str(self.certificate.key_file),
-            "shown": rows if config.list_students else [],
-            "ports": {username: port for username, _, port in rows},
-        }
-        self.web.tell(message, [self.base_listener.fileno()])
-
-    def start_tending(self, server: Server) -> None:
-        server.task = asyncio.get_running_loop().create_task(self.tend(server))
-
-    async def tend(self, server: Server) -> None:
-        """Look after a student's server: start it when it is wanted, again and again.
-
-        It is wanted at launch, unless on_demand, and whenever somebody connects to its
-        port. What keeps failing is tried again after a delay that doubles.
-        """
-        wanted = not self.config.on_demand
-        while True:
-            if server.state != "running":
-                if not wanted:
-                    server.settled.set()
-                    await wait_readable(server.listener.fileno())
-                wanted = False
-                await self.start(server)
-            server.settled.set()
-            started = time.monotonic()
-            if server.state == "running":
-                await wait_readable(server.pid_fd)
-                os.close(server.pid_fd)
-                server.pid_fd, server.pid = -1, 0
-                server.state = "stopped"
-                log.info("%s: stopped", server.username)
-            if time.monotonic() - started > MAX_RESTART_DELAY_SECONDS:
-                server.failures = 0
-            await asyncio.sleep(restart_delay(server.failures) - 1)
-            server.failures += 1
-
-    async def start(self, server: Server) -> None:
-        """Start a server; one that fails is reported.
-
-        As many start at once as there are cores. One that takes long, for its student
-        may have stopped it, does not hold others up after SLOT_SECONDS.
-        """
-        server.state = "starting"
-        await self.starting.acquire()
-        with contextlib.ExitStack() as slot:
-
-            def give_up_slot() -> None:
-                slot.close()
-                server.settled.set()
-
-            slot.callback(self.starting.release)
-            loop = asyncio.get_running_loop()
-            slot.callback(loop.call_later(SLOT_SECONDS, give_up_slot).cancel)
-            await self.template.ready.wait()
-            try:
-                await self.request_server(server)
-            except Exception as error:  # whatever it is, it is this student's alone
-                foreseen = isinstance(error, (Error, OSError, asyncio.TimeoutError))
-                text = explain(error)
-                log.error("%s: %s", server.username, text, exc_info=not foreseen)
-                server.state = "failed"
-            else:
-                server.state = "running"
-                log.info(
-                    "%s: started, port %d, pid %d",
-                    *(server.username, server.port, server.pid),
-                )
-
-    async def request_server(self, server: Server) -> None:
-        """Have the template fork a server and watch it until it is ready.
-
-        Raises: Error, OSError or asyncio.TimeoutError; no half-started server is left.
-        """
-        account = find_account(server.username)
-        if (
-            account is None
-            or account.pw_uid != server.uid
-            or is_closed(server.username)
-        ):
-            raise Error("the account does not exist, or is closed; run setup")
-        if not os.path.isdir(account.pw_dir):
-            raise Error(f"{account.pw_dir} is missing; run setup")
-        ensure_runtime_dir(account)
-        request = server_request(self.config, self.certificate, server)
-        pid, pid_fd, terminal_fd = await self.fork_server(server.listener, request)
-        try:
-            await watch_start(terminal_fd, request.url)
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pid_fd, signal.SIGKILL)
-            os.close(pid_fd)
-            raise
-        server.pid, server.pid_fd = pid, pid_fd
-        self.pids[pid] = server.username
-
-    async def fork_server(
-        self, listener: socket.socket, request: ServerRequest
-    ) -> tuple[int, int, int]:
-        """Hand a request to a new fork of the template.
-
-        Returns: its pid, a descriptor of the process, and the master of its terminal.
-        """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        terminal_fd, slave_fd = os.openpty()
-        try:
-            with ours, theirs:
-                self.template.tell({}, [theirs.fileno()])
-                theirs.close()
-                fds = [listener.fileno(), slave_fd]
-                send_message(ours, dataclasses.asdict(request), fds)
-                await wait_readable(ours.fileno(), START_SECONDS)
-                message, received = receive_message(ours)
-                if "problem" in message:
-                    raise Error(message["problem"])
-        except BaseException as error:
-            os.close(terminal_fd)
-            if isinstance(error, EOFError):
-                raise Error("the template process ended before it started it") from None
-            raise
-        finally:
-            os.close(slave_fd)
-        return message["pid"], received[0], terminal_fd
-
-    def handle_exit_report(self, message: dict[str, Any]) -> None:
-        """Say why a server ended, if not because it was idle or told to."""
-        username = self.pids.pop(message.get("pid", 0), None)
-        if username and message["wait_status"]:
-            reason = explain_exit(message["wait_status"])
-            log.warning(
-                "%s: the server %s; its log is ~%s/%s",
-                *(username, reason, username, SERVER_LOG),
-            )
-
-    async def reload(self) -> None:
-        """Read the configuration and the list again; servers that run stay untouched.
-
-        If either is bad, or cannot be read, everything goes on as before.
-
-        Raises: BusyError if it has to be done again a little later.
-        """
-        outcome = Outcome()
-        try:
-            course = load_course(self.config.path, False)
-            if course.config.port != self.config.port:
-                log.warning("another `port` counts from the next launch on")
-            config = dataclasses.replace(course.config, port=self.config.port)
-            course = course._replace(config=config)
-            certificate = ensure_certificate(config)
-            fingerprint = certificate.fingerprint()
-            ensure_capacity(course)
-            with course.students.locked():
-                gone = self.servers_not_in(course.students)
-                await self.close_servers(gone)
-                servers = open_servers(course, outcome, self.servers)
-        except BusyError:
-            raise
-        except (Error, OSError) as error:
-            for line in explain(error).splitlines():
-                log.error("not reloaded: %s", line)
-            self.brief_webserver()  # of those who have left by then
-            return
-        for username, reason in outcome.failures.items():
-            log.error("%s: %s", username, reason)
-        self.config, self.certificate = config, certificate
-        new = [server for server in servers if server.task is None]
-        self.servers = {server.username: server for server in servers}
-        for server in new:
-            self.start_tending(server)
-        if fingerprint == self.fingerprint:
-            self.brief_webserver()
-        else:
-            self.fingerprint = fingerprint
-            self.web.replace()
-        say(f"Reloaded: {counted(len(new), 'student')} came, {len(gone)} left.")
-
-    def servers_not_in(self, students: StudentList) -> list[Server]:
-        """Return the servers of those who are no students any more."""
-        uids = {}
-        for student in students.students:
-            account = find_account(student.username)
-            if account and student.nb_pass:
-                uids[student.username] = account.pw_uid
-        return [
-            server
-            for server in self.servers.values()
-            if uids.get(server.username) != server.uid
-        ]
-
-    async def close_servers(self, servers: Sequence[Server]) -> None:
-        """Give up the ports of students who left, and end their servers and kernels."""
-        for server in servers:
-            del self.servers[server.username]
-            if server.task:
-                await end_tasks([server.task])
-            server.listener.close()
-        known = {server.uid: {server.pid} for server in servers if server.pid}
-        await asyncio.to_thread(end_families, known)
-        for server in servers:
-            if server.pid:
-                os.close(server.pid_fd)
-
-
-def visible_address(config: Config) -> str:
-    """Return the host name under which the web page is announced."""
-    if config.server_address:
-        return config.server_address.replace("{username}.", "")
-    name = socket.getfqdn()
-    return socket.gethostname() if name.startswith("localhost") else name
-
-
-def memory_of_users(uids: Iterable[int]) -> int:
-    """Return the bytes that processes of these users hold.
-
-    Pages that several share are divided among them: PSS, proc(5).
-    """
-    total = 0
-    for processes in processes_by_uid(uids).values():
-        for process in processes:
-            with contextlib.suppress(OSError, psutil.Error):
-                total += process.memory_full_info().pss
-    return total
-
-
-# -------------------------------------------------------------------------------------
-# The web page
-# -------------------------------------------------------------------------------------
+WEBSERVER_TITLE = "notebooks.py: webserver"
+PAGE_SECONDS = 10.0  # in which a visitor must have made a request
+VISIT_SECONDS = 2.0  # for which the page waits for a notebook server
+MAX_SHOWN_NAME = 100  # characters
+TLS_HANDSHAKE = b"\x16"  # the first byte of a connection that opens one: RFC 8446
 
 STYLE = """
 body { font: 1.1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 40rem;
@@ -3594,11 +3733,45 @@ FORM = """<form action="/" method="get">
 </form>
 """
 
-
 STARTING = (
     "Your notebook is being started. This page goes on to it by itself; if it has not"
     " within a minute, tell your teacher."
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Site(Message):
+    """What the landing page shows, and to where it leads.
+
+    shown: user name, name and port of each student in the list that anybody sees.
+    ports: by user name. The files are of the certificate. Comes with the listening
+    socket, of which only a webserver that has just been started makes use.
+    """
+
+    title: str
+    address: str
+    port: int
+    cert_file: str
+    key_file: str
+    shown: list[tuple[str, str, int]]
+    ports: dict[str, int]
+
+
+class Webserver(Helper):
+    """The launcher's side of the webserver: owns what the page is told."""
+
+    def __init__(self, listener: socket.socket, site: Site) -> None:
+        super().__init__("webserver")
+        self.listener = listener
+        self.site = site
+
+    def greet(self) -> None:
+        self.tell(self.site, [self.listener.fileno()])
+
+    def show(self, site: Site) -> None:
+        """Have the page show this from now on."""
+        self.site = site
+        self.greet()
 
 
 def content_security_policy() -> str:
@@ -3642,17 +3815,21 @@ async def is_answered(port: int) -> bool:
     visit = asyncio.open_connection("127.0.0.1", port, ssl=context)
     try:
         _, writer = await asyncio.wait_for(visit, VISIT_SECONDS)
-    except (OSError, asyncio.TimeoutError):
+    except OSError:  # TimeoutError too
         return False
     writer.close()
     return True
 
 
-def page_handler(site: dict[str, Any]) -> type:
-    """Return the handler of all requests to the base port.
+@dataclasses.dataclass
+class Page:
+    """What the webserver shows; the launcher may tell another site at any time."""
 
-    site: what the launcher has told last; see `Launcher.brief_webserver`.
-    """
+    site: Site
+
+
+def page_handler(page: Page) -> type:
+    """Return the handler of all requests to the base port."""
     from tornado import web
 
     class PageHandler(web.RequestHandler):
@@ -3665,34 +3842,38 @@ def page_handler(site: dict[str, Any]) -> type:
 
         def prepare(self) -> None:
             if self.request.protocol == "http":
-                address = f"{visited_host(self.request)}:{site['port']}"
+                address = f"{visited_host(self.request)}:{page.site.port}"
                 self.redirect(f"https://{address}{self.request.uri}", status=307)
 
         async def get(self, path: str) -> None:
             """Show the page, or lead /USERNAME/anything to the student's server."""
-            username, _, rest = path.partition("/")
             asked = self.get_query_argument("username", None)
+            if path or asked is None:
+                username, _, rest = path.partition("/")
+                query = f"?{self.request.query}" if self.request.query else ""
+                target = urllib.parse.quote(rest) + query
+            else:  # the form
+                username, target = asked.strip().lower(), ""
+
             if not path and asked is None:
-                await self.finish(landing_page(site["title"], site["shown"]))
-                return
-            if not path:
-                username = asked.strip().lower() if asked else ""
-            if username not in site["ports"]:
+                await self.show_list("")
+            elif username not in page.site.ports:
                 self.set_status(404)
-                message = f"Nobody here has the user name “{username}”."
-                await self.finish(landing_page(site["title"], site["shown"], message))
-            elif not await is_answered(site["ports"][username]):
+                await self.show_list(f"Nobody here has the user name “{username}”.")
+            elif not await is_answered(page.site.ports[username]):
                 self.set_status(503)
                 self.set_header("Refresh", "1")  # the same address again
-                await self.finish(make_page(site["title"], "", STARTING))
+                await self.finish(make_page(page.site.title, "", STARTING))
             else:
-                query = f"?{self.request.query}" if path and self.request.query else ""
-                self.lead_to(username, urllib.parse.quote(rest) + query)
+                self.lead_to(username, target)
+
+        async def show_list(self, message: str) -> None:
+            await self.finish(landing_page(page.site.title, page.site.shown, message))
 
         def lead_to(self, username: str, target: str) -> None:
-            address = site["address"] or visited_host(self.request)
+            address = page.site.address or visited_host(self.request)
             host = address.replace("{username}", username)
-            port = site["ports"][username]
+            port = page.site.ports[username]
             self.redirect(f"https://{host}:{port}/{username}/{target}")
 
     return PageHandler
@@ -3705,17 +3886,14 @@ def visited_host(request: Any) -> str:
     return host if plain else socket.getfqdn()
 
 
-async def serve_web_page(
-    channel: socket.socket, site: dict[str, Any], context: ssl.SSLContext, fd: int
+async def serve_page(
+    channel: Channel, page: Page, context: ssl.SSLContext, listener: socket.socket
 ) -> None:
-    """Serve the base port until the launcher is gone: TLS, or a redirect to it.
-
-    The first byte of a connection tells which: 22 opens a TLS handshake (RFC 8446).
-    """
+    """Serve the base port until the launcher is gone: TLS, or a redirect to it."""
     from tornado import httpserver, iostream, tcpserver, web
 
     server = httpserver.HTTPServer(
-        web.Application([(r"/(.*)", page_handler(site))]),
+        web.Application([(r"/(.*)", page_handler(page))]),
         no_keep_alive=True,
         idle_connection_timeout=PAGE_SECONDS,
         body_timeout=PAGE_SECONDS,
@@ -3729,37 +3907,36 @@ async def serve_web_page(
         ) -> None:
             try:
                 await wait_readable(stream.socket.fileno(), PAGE_SECONDS)
-                first = stream.socket.recv(1, socket.MSG_PEEK)
-                if first == b"\x16":
+                if stream.socket.recv(1, socket.MSG_PEEK) == TLS_HANDSHAKE:
                     handshake = stream.start_tls(True, context)
                     stream = await asyncio.wait_for(handshake, PAGE_SECONDS)
                 server.handle_stream(stream, address)
-            except (OSError, asyncio.TimeoutError, iostream.StreamClosedError):
+            except OSError:  # TimeoutError and StreamClosedError too
                 if stream.socket:  # else start_tls has it, and has closed it
                     stream.close()
 
-    listener = socket.socket(fileno=fd)
     listener.setblocking(False)
     FirstByteServer().add_socket(listener)
     with contextlib.suppress(OSError):  # the launcher is gone: seen below
-        send_message(channel, {"ready": True})
-    await follow_launcher(channel, site)
+        channel.send(Ready())
+    await follow_launcher(channel, page)
 
 
-async def follow_launcher(channel: socket.socket, site: dict[str, Any]) -> None:
+async def follow_launcher(channel: Channel, page: Page) -> None:
     """Take what the launcher tells until it is gone."""
     while True:
         await wait_readable(channel.fileno())
         try:
-            message, fds = receive_message(channel)
+            message, fds = channel.receive()
         except EOFError:
             return
         for fd in fds:  # the listening socket, again
             os.close(fd)
-        site.update(message)
+        if isinstance(message, Site):
+            page.site = message
 
 
-def run_webserver(channel: socket.socket) -> None:
+def run_webserver(channel: Channel) -> None:
     """Serve the landing page.
 
     Runs as: root until the key is read, then nobody. As it changed its ids without
@@ -3768,222 +3945,122 @@ def run_webserver(channel: socket.socket) -> None:
     setproctitle.setproctitle(WEBSERVER_TITLE)
     logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
     try:
-        message, (fd,) = receive_message(channel)
+        site, (fd,) = channel.receive()
     except EOFError:
         return
-    certificate = Certificate(Path(message["cert_file"]), Path(message["key_file"]))
-    context = certificate.context()
+    assert isinstance(site, Site)
+
+    context = Certificate(Path(site.cert_file), Path(site.key_file)).context()
     nobody = pwd.getpwnam("nobody")
     drop_privileges(Identity(nobody.pw_uid, nobody.pw_gid, (nobody.pw_gid,)))
     release_memory()
-    asyncio.run(serve_web_page(channel, message, context, fd))
+    listener = socket.socket(fileno=fd)
+    asyncio.run(serve_page(channel, Page(site), context, listener))
 
 
 # -------------------------------------------------------------------------------------
-# Commands
+# Launch 4: ports
+#
+# The launcher holds every student's port for as long as it runs, whether a server runs
+# or not. So no student can ever take a port of the course and collect the cookies and
+# passwords of whoever visits it.
 # -------------------------------------------------------------------------------------
 
+LAUNCHER_TITLE = "notebooks.py: launcher"
+MAX_LOOKED_DESCRIPTORS = 1000  # of each process
+SYS_PIDFD_GETFD = 438  # the same on all architectures
+LISTEN = "0A"  # the state in /proc/net/tcp
 
-def command_setup(course: Course) -> int:
-    """Make what is missing: group, accounts, passwords, directories, profiles.
 
-    Passwords are in the list before an account has them, and which accounts have none
-    yet can be seen: a setup that was interrupted anywhere is finished by the next one.
+def assign_ports(students: Sequence[Student], base: int) -> dict[str, int]:
+    """Give each of N students a port of base+1 ... base+N.
+
+    It is the one in the list if it is unique and in range, else the lowest free one.
     """
-    check_reachable()
-    check_programs()
-    config, students = course.config, course.students
-    students.check_writable()
-    warn_of_strays(course)
-    if config.profile and not profile_dir(config.profile).is_dir():
-        log.warning("there is no %s to copy", profile_dir(config.profile))
-    outcome = Outcome()
-    counts = {"new": 0, "adopted": 0, "kept": 0}
-    with students.locked():
-        renewed = prepare_passwords(config, students)
-        if config.group:
-            run_program(["groupadd", "--force", "--", config.group])
-        done = ensure_accounts(config, students.students, outcome)
-        furnish = functools.partial(furnish_home, config)
-        results = for_each_student(furnish, done)
-        for student, result in progress(results, len(done), "homes"):
-            if isinstance(result, Error):
-                outcome.failed(student.username, str(result))
-            else:
-                counts[done[student]] += 1
-                outcome.done(student.username, done[student])
-        students.save()  # if it was changed meanwhile, the passwords are not lost
-    reload_launcher(config.port)
-    passwords = f"; {renewed} got new system passwords" if renewed else ""
-    return outcome.finish(
-        f"{counted(counts['new'], 'account')} made, {counts['adopted']} adopted,"
-        f" {counts['kept']} kept{passwords}. The passwords are in {students.path}."
-    )
+    wanted = {each.username: int(each.port or 0) for each in students}
+    uses = collections.Counter(wanted.values())
+    ports = range(base + 1, base + len(students) + 1)
+    kept = {name: port for name, port in wanted.items() if uses[port] == 1}
+    kept = {name: port for name, port in kept.items() if port in ports}
+    free = iter(sorted({*ports} - {*kept.values()}))
+    return {name: kept.get(name) or next(free) for name in wanted}
 
 
-def ensure_accounts(
-    config: Config, students: Sequence[Student], outcome: Outcome
-) -> dict[Student, str]:
-    """Make the accounts, with passwords; return what was done for whom."""
-    done = {}
-    try:
-        for student in progress(students, len(students), "accounts"):
-            try:
-                done[student] = ensure_account(student, config.group)
-            except (Error, OSError) as error:
-                outcome.failed(student.username, explain(error))
-    finally:
-        with uninterrupted():
-            set_missing_passwords(students)
-    return done
+def bind_port(port: int) -> socket.socket:
+    """Return a socket that listens on a port in both families.
 
-
-def prepare_passwords(config: Config, students: StudentList) -> int:
-    """Fill the empty password cells of the list and save it.
-
-    An account of ours whose system password is not in the list any more loses it, so
-    that it gets the new one. Returns: how many did.
+    It listens at once: a port that is bound and does not listen, or is held in one
+    family only, can be taken by any user. Raises: OSError (EADDRINUSE).
     """
-    make = functools.partial(make_password, config.password_length)
-    renewed = 0
-    for student in students.students:
-        account = find_account(student.username)
-        if not student.nb_pass:
-            students.update(student.username, nb_pass=make())
-        if not student.sys_pass and (account is None or is_ours(account)):
-            if account:
-                run_program(["usermod", "--password", "!", "--", student.username])
-                renewed += 1
-            students.update(student.username, sys_pass=make())
-    students.save()
-    return renewed
-
-
-def furnish_home(config: Config, student: Student) -> None:
-    """Make the home and the tutorial directory in it, and copy the IPython profile."""
-    account = pwd.getpwnam(student.username)
-    ensure_home(account)
-    home, writer = Path(account.pw_dir), identity_of(account)
-    os.close(open_directory(home, config.tutorial_dir.parts, writer, create=True))
-    source = profile_dir(config.profile)
-    if config.profile and source.is_dir():
-        reader = identity_of(invoking_account())
-        copy = TreeCopy(reader, writer, wanted=is_profile_file)
-        problem = copy.run(source, (), home, source.parts[-2:]).problem
-        if problem:
-            raise Error(f"the IPython profile: {problem}")
-
-
-def send_to(config: Config, student: Student) -> CopyReport:
-    """Copy the material into one home."""
-    account = pwd.getpwnam(student.username)
-    reader, writer = identity_of(invoking_account()), identity_of(account)
-    copy = TreeCopy(reader, writer, backup=config.keep_changed)
-    parts = config.material_name.parts
-    return copy.run(config.material_dir, (), Path(account.pw_dir), parts)
-
-
-def command_send(course: Course) -> int:
-    """Copy the material into each account, over what is there."""
-    config = course.config
-    try:
-        os.close(
-            open_directory(config.material_dir, (), identity_of(invoking_account()))
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("::", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True
         )
-    except Error as error:
-        raise UsageError(f"{config.path}: [Setup] material_dir: {error}") from None
-    return copy_for_all(course, "send", functools.partial(send_to, config))
+    return socket.create_server(("", port), backlog=1024)
 
 
-def storage_owner(config: Config) -> pwd.struct_passwd:
-    return pwd.getpwnam(config.owner) if config.owner else invoking_account()
+class Listener(NamedTuple):
+    """Who listens on a port, and with which descriptor."""
+
+    pid: int
+    fd: int
 
 
-def retrieve_from(
-    config: Config, student: Student, dry_run: bool = False
-) -> CopyReport:
-    """Copy one student's tutorial directory into the storage, or count what that is."""
-    home = Path(pwd.getpwnam(student.username).pw_dir)
-    if config.storage_dir.is_relative_to(home / config.tutorial_dir):
-        raise Error("storage_dir lies in what is to be retrieved; set another")
-    copy = TreeCopy(
-        reader=identity_of(pwd.getpwnam(student.username)),
-        writer=identity_of(storage_owner(config)),
-        backup=True,
-        limit=config.retrieve_limit,
-        dry_run=dry_run,
-    )
-    parts = config.tutorial_dir.parts
-    return copy.run(home, parts, config.storage_dir, (student.username,))
+Listeners = dict[int, list[Listener]]  # by port
 
 
-def command_retrieve(course: Course) -> int:
-    """Copy the students' work into the storage; nothing there is lost."""
-    config = course.config
-    owner = storage_owner(config)
-    try:
-        with acting_as(identity_of(owner)):
-            config.storage_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"{config.path}: [Shutdown] storage_dir: {config.storage_dir} cannot be"
-            f" made by its owner {owner.pw_name}: {error.strerror}"
-        ) from None
-    return copy_for_all(course, "retrieve", functools.partial(retrieve_from, config))
+def find_listeners() -> Listeners:
+    """Return who listens on which TCP port.
 
-
-def copy_for_all(
-    course: Course, label: str, copy: Callable[[Student], CopyReport]
-) -> int:
-    """Copy for all students and report it."""
-    outcome = Outcome()
-    total = CopyReport()
-    with course.students.locked():
-        students = with_accounts(course, outcome)
-        if not students:
-            raise UsageError(
-                f"{course.students.path}: nobody has an account; run setup"
-            )
-        results = for_each_student(copy, students)
-        for student, result in progress(results, len(students), label):
-            if isinstance(result, Error):
-                outcome.failed(student.username, str(result))
-                continue
-            outcome.done(student.username, str(result))
-            if result.problem:
-                outcome.failed(student.username, result.problem)
-            total.add(result)
-    return outcome.finish(
-        f"{counted(len(students), 'student')}: {total};"
-        f" {format_bytes(total.copied_bytes)} copied."
-    )
-
-
-def command_launch(course: Course) -> int:
-    """Start the servers and serve the web page until SIGTERM or Ctrl-C.
-
-    SIGHUP, as `setup` and `remove` send it, has it read configuration and list again.
+    Only the first MAX_LOOKED_DESCRIPTORS of each process are examined, so nobody can
+    slow this down. Source: proc(5), /proc/net/tcp: local address, state, inode.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until it is handled
-    setproctitle.setproctitle(LAUNCHER_TITLE)
-    if not sys.stderr.isatty():
-        log.setLevel(min(log.level, logging.INFO))  # a line per event
-    check_reachable()
-    config, students = course.config, course.students
-    if not any(x.nb_pass and find_account(x.username) for x in students.students):
-        raise UsageError(
-            f"{students.path}: nobody has an account and a password; run setup"
-        )
-    ensure_capacity(course)
-    certificate = ensure_certificate(config)
-    base_listener = bind_base_port(config.port)
-    outcome = Outcome()
-    with students.locked():
-        servers = open_servers(course, outcome, {})
-    for username, reason in outcome.failures.items():
-        log.error("%s: %s", username, reason)
-    status = asyncio.run(Launcher(config, certificate, base_listener, servers).run())
-    return 1 if outcome.failures else status
+    ports = {}
+    for path in Path("/proc/net").glob("tcp*"):
+        for line in path.read_text().splitlines()[1:]:
+            fields = line.split()
+            address, state, inode = fields[1], fields[3], fields[9]
+            if state == LISTEN:
+                ports[f"socket:[{inode}]"] = int(address.rpartition(":")[2], 16)
+
+    listeners: Listeners = {}
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+            for entry in itertools.islice(entries, MAX_LOOKED_DESCRIPTORS):
+                with contextlib.suppress(OSError):
+                    port = ports.get(os.readlink(entry.path))
+                    if port:
+                        found = listeners.setdefault(port, [])
+                        found.append(Listener(pid, int(entry.name)))
+    return listeners
+
+
+def describe_holder(listeners: Listeners, port: int) -> str:
+    """Name what holds a port."""
+    for pid, _ in listeners.get(port, ()):
+        with contextlib.suppress(ProcessLookupError, KeyError):
+            user = pwd.getpwuid(read_status(pid)[0]).pw_name
+            return f"{printable(read_name(pid))} (pid {pid}, user {user})"
+    return f"a process that cannot be named (`ss -tanp | grep {port}` may)"
+
+
+def find_launcher(port: int) -> int:
+    """Return the pid of the `launch` of root's that holds this base port, or 0."""
+    for pid, _ in find_listeners().get(port, ()):
+        with contextlib.suppress(ProcessLookupError):
+            # Root's first: a student could hold up who reads their command line.
+            is_root = read_status(pid)[0] == 0
+            if is_root and " ".join(read_argv(pid)).startswith(LAUNCHER_TITLE):
+                return pid
+    return 0
+
+
+def reload_launcher(port: int) -> None:
+    """Have a `launch` that runs read its configuration and list again."""
+    launcher = find_launcher(port)
+    if launcher:
+        signal_process(launcher, 0, signal.SIGHUP)
+        say(f"The launch that runs (pid {launcher}) has been told.")
 
 
 def bind_base_port(port: int) -> socket.socket:
@@ -4007,19 +4084,748 @@ def bind_base_port(port: int) -> socket.socket:
         ) from None
 
 
+def take_listener(
+    listeners: Listeners, port: int, uid: int
+) -> tuple[socket.socket, Fork] | None:
+    """Duplicate the listening socket out of a student's server that still runs.
+
+    A socket that root made tells that the server is ours: a student's own socket
+    belongs to the student. Source: pidfd_getfd(2), not in Python's os yet.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for pid, number in listeners.get(port, ()):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            process = stack.enter_context(Process.open(pid))
+            if read_status(pid)[0] != uid:
+                continue
+            fd = libc.syscall(SYS_PIDFD_GETFD, process.pid_fd, number, 0)
+            if fd < 0:
+                continue
+            listener = stack.enter_context(socket.socket(fileno=fd))
+            if os.fstat(fd).st_uid == 0 and listener.getsockname()[1] == port:
+                stack.pop_all()  # both stay open
+                return listener, Fork(pid, process.pid_fd)
+    return None
+
+
+def ensure_capacity(course: Course) -> None:
+    """Allow the descriptors that all servers need: two each, more at the start.
+
+    Our helpers and servers get as many: on the network as the system allows. Root may
+    raise the hard limit too, unless something confines it (RLIMIT_NOFILE).
+
+    Raises: UsageError if there are too few of them, or of ports.
+    """
+    config, count = course.config, len(course.roster.students)
+    if config.port + count > 65535:
+        raise UsageError(f"{config.path}: [Launch] port: too few ports are above it")
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = 256 + 3 * count
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(need, hard), max(need, hard)))
+    except (OSError, ValueError):
+        raise UsageError(
+            f"{count} students need {need} open files, only {hard} are allowed: run"
+            f" `ulimit -n {need}` before, or set LimitNOFILE in the unit file"
+        ) from None
+
+
+# -------------------------------------------------------------------------------------
+# Launch 5: the launcher
+#
+# A `Server` is the launcher's view of one student's server, from its port to its end.
+# When its process does not run, the launcher listens in its place, and a connection has
+# it started: one mechanism serves start on demand, recovery from a crash and idle
+# servers. `Launcher` owns all servers and both helpers, and obeys signals.
+# -------------------------------------------------------------------------------------
+
+SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
+MEMORY_SECONDS = 5  # between two looks at what all processes hold
+
+
+class ServerState(enum.Enum):
+    """What a student's server does; the status line shows the names."""
+
+    RUNNING = "running"
+    STARTING = "starting"
+    STOPPED = "stopped"
+    FAILED = "failed"  # at its last start
+
+
+@dataclasses.dataclass
+class StartContext:
+    """What all servers share when they start; a reload changes the first two."""
+
+    config: Config
+    certificate: Certificate
+    template: Template
+    slots: asyncio.Semaphore  # of those that start at once
+
+
+class Server:
+    """A student's server: holds its port, starts it, and knows of its end.
+
+    Nobody else closes the listening socket or writes these fields. `settled` is set when
+    the first start is over, or was not wanted, or takes long.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        port: int,
+        listener: socket.socket,
+        process: Fork | None = None,
+    ) -> None:
+        self.member = member
+        self.port = port
+        self.listener = listener
+        self.process = process
+        self.state = ServerState.RUNNING if process else ServerState.STOPPED
+        self.back_off = BackOff()
+        self.settled = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    @classmethod
+    def open(
+        cls, member: Member, ports: dict[str, int], base: int, listeners: Listeners
+    ) -> "Server":
+        """Adopt the server that a student has, or bind their port, or find another.
+
+        Raises: Error if the student has no password, or there is no free port left.
+        """
+        username, student = member.username, member.student
+        if not student.nb_pass:
+            raise Error("has no nb-pass; run setup first")
+
+        port = ports[username]
+        for candidate in {port, int(student.port or port)}:
+            adopted = take_listener(listeners, candidate, member.uid)
+            if adopted:
+                listener, process = adopted
+                log.info("%s: adopted, pid %d", username, process.pid)
+                return cls(member, candidate, listener, process)
+
+        try:
+            return cls(member, port, bind_port(port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise Error(f"port {port}: {error.strerror}") from None
+
+        for other in range(base + len(ports) + 1, 65536):
+            with contextlib.suppress(OSError):
+                server = cls(member, other, bind_port(other))
+                log.warning(
+                    "%s: port %d is held by %s; using %d: let it through the firewall",
+                    *(username, port, describe_holder(listeners, port), other),
+                )
+                return server
+        raise Error("no port is free")
+
+    @property
+    def username(self) -> str:
+        return self.member.username
+
+    @property
+    def uid(self) -> int:
+        return self.member.uid
+
+    def update(self, member: Member) -> None:
+        """Take what the list says now, which counts from the next start."""
+        self.member = member
+
+    def start_tending(self, context: StartContext) -> None:
+        self.task = asyncio.get_running_loop().create_task(self.tend(context))
+
+    async def stop_tending(self) -> None:
+        """Leave the server alone, whether it runs or not."""
+        if self.task:
+            await end_tasks([self.task])
+
+    def close(self) -> None:
+        """Give up the port, and the hold of a process that was ended."""
+        self.listener.close()
+        if self.process:
+            self.process.close()
+
+    async def tend(self, context: StartContext) -> None:
+        """Start the server whenever it is wanted, and wait for its end, again and again.
+
+        Step 1 of a start. It is wanted at launch, unless on_demand, and whenever
+        somebody connects to its port.
+        """
+        wanted = not context.config.on_demand
+        while True:
+            if not self.process:
+                if not wanted:
+                    self.settled.set()
+                    await wait_readable(self.listener.fileno())
+                self.back_off.start()
+                await self.start(context)
+            wanted = False
+            self.settled.set()
+
+            if self.process:
+                await self.wait_for_end(self.process)
+            await asyncio.sleep(self.back_off.next_delay())
+
+    async def wait_for_end(self, process: Fork) -> None:
+        """Wait until the server has ended, and say why if it was not idle or told to."""
+        code = await process.wait()
+        process.close()
+        self.process = None
+        self.state = ServerState.STOPPED
+        if code:
+            log.warning(
+                "%s: the server %s; its log is ~%s/%s",
+                *(self.username, explain_exit(code), self.username, SERVER_LOG),
+            )
+        log.info("%s: stopped", self.username)
+
+    async def start(self, context: StartContext) -> None:
+        """Start the server, and report if that fails.
+
+        Step 2 of a start. As many start at once as there are cores. One that takes
+        long, for its student may have stopped it, does not hold others up for more than
+        SLOT_SECONDS.
+        """
+        self.state = ServerState.STARTING
+        await context.slots.acquire()
+        with contextlib.ExitStack() as slot:
+
+            def give_up_slot() -> None:
+                slot.close()
+                self.settled.set()
+
+            slot.callback(context.slots.release)
+            loop = asyncio.get_running_loop()
+            slot.callback(loop.call_later(SLOT_SECONDS, give_up_slot).cancel)
+            try:
+                self.process = await self.start_once(context)
+            except Exception as error:  # whatever it is, it is this student's alone
+                foreseen = isinstance(error, (Error, OSError))
+                text = explain(error)
+                log.error("%s: %s", self.username, text, exc_info=not foreseen)
+                self.state = ServerState.FAILED
+            else:
+                self.state = ServerState.RUNNING
+                log.info(
+                    "%s: started, port %d, pid %d",
+                    *(self.username, self.port, self.process.pid),
+                )
+
+    async def start_once(self, context: StartContext) -> Fork:
+        """Have the template fork a server and watch it until it is ready.
+
+        Step 3 of a start. Raises: Error or OSError; no half-started server is left.
+        """
+        account = self.check_account()
+        ensure_runtime_dir(account)
+        order = server_order(context, self)
+
+        terminal_fd, slave_fd = os.openpty()
+        try:
+            with closing(slave_fd):
+                fds = [self.listener.fileno(), slave_fd]
+                process = await context.template.fork(order, fds)
+        except BaseException:
+            os.close(terminal_fd)
+            raise
+
+        try:
+            await watch_start(terminal_fd, order.url)
+        except BaseException:
+            process.send_signal(signal.SIGKILL)
+            process.close()
+            raise
+        return process
+
+    def check_account(self) -> pwd.struct_passwd:
+        """Return the account as it is now: that may be months after the launch.
+
+        Raises: Error if it cannot have a server.
+        """
+        account = find_account(self.username)
+        if account is None or account.pw_uid != self.uid or is_closed(self.username):
+            raise Error("the account does not exist, or is closed; run setup")
+        if not os.path.isdir(account.pw_dir):
+            raise Error(f"{account.pw_dir} is missing; run setup")
+        return account
+
+
+def visible_address(config: Config) -> str:
+    """Return the host name under which the web page is announced."""
+    if config.server_address:
+        return config.server_address.replace("{username}.", "")
+    name = socket.getfqdn()
+    return socket.gethostname() if name.startswith("localhost") else name
+
+
+def server_order(context: StartContext, server: Server) -> ServerOrder:
+    """Return what a student's server is told; each has secrets of its own."""
+    config, certificate = context.config, context.certificate
+    host = config.server_address.replace("{username}", server.username)
+    host = host or visible_address(config)
+    return ServerOrder(
+        username=server.username,
+        port=server.port,
+        url=f"https://{host}:{server.port}/{server.username}/",
+        password=hash_password(server.member.student.nb_pass),
+        start_dir=str(config.start_dir),
+        profile=config.profile,
+        idle_seconds=config.idle_minutes * 60,
+        idle_kernel_seconds=(config.idle_kernel_minutes or config.idle_minutes) * 60,
+        cert_file=str(certificate.cert_file),
+        key_file=str(certificate.key_file),
+    )
+
+
+async def watch_start(terminal_fd: int, url: str) -> None:
+    """Wait until a server names its address on its terminal, which is then closed.
+
+    Step 9 of a start. The address is the last that a server prints there: see `serve`.
+    The terminal controls no session, so closing it sends nobody a SIGHUP.
+
+    Raises: Error with the last lines of its output.
+    """
+    spawn = fdpexpect.fdspawn(
+        terminal_fd, encoding="utf-8", codec_errors="replace", searchwindowsize=2000
+    )
+    outcomes: list[Any] = [re.compile(re.escape(url)), pexpect.EOF, pexpect.TIMEOUT]
+    outcome = await spawn.expect(outcomes, timeout=START_SECONDS, async_=True)
+
+    if outcome != 1 and spawn.async_pw_transport:  # on EOF asyncio has closed it
+        spawn.async_pw_transport[1].close()
+    if outcome:
+        reason = ("it ended", f"no address within {START_SECONDS:.0f} s")[outcome - 1]
+        words = last_lines(spawn.before or "")
+        raise Error(f"the server did not start, {reason}: {words}")
+
+
+def last_lines(output: str) -> str:
+    """Return the end of what a server said, in one line without control characters."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    text = " / ".join(lines[-3:]) or "it said nothing"
+    return printable(text)[-500:]
+
+
+def memory_of_users(uids: Iterable[int]) -> int:
+    """Return the bytes that processes of these users hold.
+
+    Pages that several share are divided among them: PSS, proc(5).
+    """
+    total = 0
+    for processes in processes_by_uid(uids).values():
+        for process in processes:
+            with contextlib.suppress(OSError, psutil.Error):
+                total += process.memory_full_info().pss
+    return total
+
+
+class Launcher:
+    """Owns the servers of a course and both helpers; reloads, and shows the status."""
+
+    def __init__(
+        self, course: Course, certificate: Certificate, base_listener: socket.socket
+    ) -> None:
+        self.context = StartContext(
+            config=course.config,
+            certificate=certificate,
+            template=Template("template"),
+            slots=asyncio.Semaphore(os.cpu_count() or 1),
+        )
+        self.fingerprint = certificate.fingerprint()
+        self.servers: dict[str, Server] = {}
+        self.web = Webserver(base_listener, self.site())
+        self.announced = False
+        self.memory = 0  # of all students, in bytes
+
+    @property
+    def config(self) -> Config:
+        return self.context.config
+
+    def open_servers(self, course: Course) -> Outcome:
+        """Hold a port for each student who can have a server.
+
+        Ports that we hold already stay. All are written to the list, which is locked.
+        """
+        outcome = Outcome()
+        ports = assign_ports(course.roster.students, course.config.port)
+        listeners = find_listeners()
+        servers = []
+
+        for member in outcome.members(course.roster):
+            with outcome.step(member.username):
+                server = self.servers.get(member.username) or Server.open(
+                    member, ports, course.config.port, listeners
+                )
+                server.update(member)
+                servers.append(server)
+                course.roster.update(member.username, port=str(server.port))
+
+        try:
+            course.roster.save()
+        except OSError as error:
+            log.warning("the ports could not be written: %s", explain(error))
+        self.servers = {server.username: server for server in servers}
+        outcome.report()
+        return outcome
+
+    def site(self) -> Site:
+        """Return what the web page is told; passwords are not part of that."""
+        config = self.config
+        rows = [
+            (each.username, each.member.student.full_name[:MAX_SHOWN_NAME], each.port)
+            for each in self.servers.values()
+        ]
+        rows.sort(key=lambda row: row[1] or row[0])  # by what is shown of them
+        return Site(
+            title=config.web_title,
+            address=config.server_address,
+            port=config.port,
+            cert_file=str(self.context.certificate.cert_file),
+            key_file=str(self.context.certificate.key_file),
+            shown=rows if config.list_students else [],
+            ports={username: port for username, _, port in rows},
+        )
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or Ctrl-C, and leave the notebook servers running."""
+        loop = asyncio.get_running_loop()
+        stop, reload_wanted = asyncio.Event(), asyncio.Event()
+        for number in INTERRUPTS:
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, reload_wanted.set)
+        # `command_launch` has blocked it: until now it would have ended us.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+        self.web.show(self.site())
+        status = loop.create_task(self.show_status())
+        work: list[Coroutine[Any, Any, Any]] = [
+            *(stop.wait(), self.serve(reload_wanted)),
+            *(self.context.template.run(), self.web.run()),
+        ]
+        tasks = [loop.create_task(each) for each in work]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+        # All at once, or a server that is starting would report the template's end.
+        tending = [server.task for server in self.servers.values() if server.task]
+        await end_tasks([status, *tasks, *tending])
+        running = self.count(ServerState.RUNNING)
+        say(f"The web page has ended. Notebook servers that run on: {running}.")
+        for task in done:
+            task.result()  # raises what went wrong in it
+        if not self.announced:
+            return Interrupted.exit_status
+        return 1 if self.count(ServerState.FAILED) else 0
+
+    async def serve(self, reload_wanted: asyncio.Event) -> NoReturn:
+        """Start what has to run from the beginning, tell the teacher, then reload."""
+        await asyncio.gather(self.context.template.ready.wait(), self.web.ready.wait())
+        servers = list(self.servers.values())
+        for server in servers:
+            server.start_tending(self.context)
+        await asyncio.gather(*(server.settled.wait() for server in servers))
+
+        for line in self.summary():
+            say(line)
+        self.announced = True
+        release_memory()
+
+        while True:
+            await reload_wanted.wait()
+            reload_wanted.clear()
+            try:
+                await self.reload()
+            except BusyError:  # the setup that has told us still holds the list
+                reload_wanted.set()
+                await asyncio.sleep(1)
+
+    def count(self, state: ServerState) -> int:
+        return sum(server.state is state for server in self.servers.values())
+
+    def summary(self) -> Iterator[str]:
+        running, address = self.count(ServerState.RUNNING), visible_address(self.config)
+        yield f"{running} of {len(self.servers)} notebook servers run."
+        ports = [self.config.port, *(server.port for server in self.servers.values())]
+        yield f"The firewall must let in TCP ports {min(ports)} to {max(ports)}."
+        yield f"Fingerprint of the certificate (SHA-256): {self.fingerprint}"
+        yield f"Ready: https://{address}:{self.config.port}/"
+
+    async def show_status(self) -> None:
+        """Keep a line on the terminal up to date, if this is one."""
+        if not sys.stderr.isatty():
+            return
+        from tqdm import tqdm
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        threading.Thread(target=self.watch_memory, daemon=True).start()
+        status = tqdm(bar_format="{desc}", file=sys.stderr, leave=False)
+        with logging_redirect_tqdm(), status as line:
+            while True:
+                counts = [f"{self.count(state)} {state.value}" for state in ServerState]
+                text = (
+                    f"{', '.join(counts)}; students hold {format_bytes(self.memory)};"
+                    f" load {os.getloadavg()[0]:.1f}"
+                )
+                line.set_description_str(text[: shutil.get_terminal_size().columns - 1])
+                await asyncio.sleep(1)
+
+    def watch_memory(self) -> None:
+        """Look again and again at what the students' processes hold.
+
+        Runs as: a thread that nobody waits for, since a student may hold it up.
+        """
+        while True:
+            uids = [server.uid for server in list(self.servers.values())]
+            self.memory = memory_of_users(uids)
+            time.sleep(MEMORY_SECONDS)
+
+    async def reload(self) -> None:
+        """Read the configuration and the list again; servers that run stay untouched.
+
+        If either is bad, or cannot be read, everything goes on as before.
+
+        Raises: BusyError if it has to be done again a little later.
+        """
+        try:
+            course = load_course(self.config.path, False)
+            if course.config.port != self.config.port:
+                log.warning("another `port` counts from the next launch on")
+            config = dataclasses.replace(course.config, port=self.config.port)
+            course = dataclasses.replace(course, config=config)
+            certificate = ensure_certificate(config)
+            fingerprint = certificate.fingerprint()
+            ensure_capacity(course)
+            with course.roster.locked():
+                gone = self.servers_not_in(course.roster)
+                await self.close_servers(gone)
+                self.open_servers(course)
+        except BusyError:
+            raise
+        except (Error, OSError) as error:
+            for line in explain(error).splitlines():
+                log.error("not reloaded: %s", line)
+            # close_servers may have run before the failure: those students are dropped
+            # from the page.
+            self.web.show(self.site())
+            return
+
+        self.context.config, self.context.certificate = config, certificate
+        new = [server for server in self.servers.values() if not server.task]
+        for server in new:
+            server.start_tending(self.context)
+        self.web.show(self.site())
+        if fingerprint != self.fingerprint:  # only a new process can read another key
+            self.fingerprint = fingerprint
+            self.web.replace()
+        say(f"Reloaded: {counted(len(new), 'student')} came, {len(gone)} left.")
+
+    def servers_not_in(self, roster: Roster) -> list[Server]:
+        """Return the servers of those who are no students any more."""
+        uids = {
+            member.username: member.uid
+            for member in find_members(roster)
+            if member.student.nb_pass
+        }
+        return [
+            server
+            for server in self.servers.values()
+            if uids.get(server.username) != server.uid
+        ]
+
+    async def close_servers(self, servers: Sequence[Server]) -> None:
+        """End the servers and kernels of students who left, and give up their ports."""
+        for server in servers:
+            del self.servers[server.username]
+            await server.stop_tending()
+        # At once, since each look goes through all processes of the host.
+        known = {each.uid: {each.process.pid} for each in servers if each.process}
+        await asyncio.to_thread(end_families, known)
+        for server in servers:
+            server.close()
+
+
+# -------------------------------------------------------------------------------------
+# The commands
+#
+# In the order of the usage line, each with the steps for one member that its workers
+# take. A command returns its exit status.
+# -------------------------------------------------------------------------------------
+
+
+def command_setup(course: Course) -> int:
+    """Make what is missing: group, accounts, passwords, directories, profiles.
+
+    Passwords are in the list before an account has them, and which accounts have none
+    yet can be seen: a setup that was interrupted anywhere is finished by the next one.
+    """
+    check_reachable()
+    check_programs()
+    config, roster = course.config, course.roster
+    roster.check_writable()
+    warn_of_strays(course)
+    if config.profile and not config.profile_dir.is_dir():
+        log.warning("there is no %s to copy", config.profile_dir)
+
+    outcome = Outcome()
+    counts = {"new": 0, "adopted": 0, "kept": 0}
+    with roster.locked():
+        renewed = prepare_passwords(config, roster)
+        if config.group:
+            run_program(["groupadd", "--force", "--", config.group])
+        done = ensure_accounts(config, roster.students, outcome)
+        members = [member for each in done if (member := find_member(each))]
+        furnish = functools.partial(furnish_home, config)
+        for member, _ in outcome.each(furnish, members, "homes"):
+            counts[done[member.student]] += 1
+            outcome.done(member.username, done[member.student])
+        roster.save()  # if it was changed meanwhile, the passwords are not lost
+
+    reload_launcher(config.port)
+    passwords = f"; {renewed} got new system passwords" if renewed else ""
+    return outcome.finish(
+        f"{counted(counts['new'], 'account')} made, {counts['adopted']} adopted,"
+        f" {counts['kept']} kept{passwords}. The passwords are in {roster.path}."
+    )
+
+
+def prepare_passwords(config: Config, roster: Roster) -> int:
+    """Fill the empty password cells of the list and save it.
+
+    An account of ours whose system password is not in the list any more loses it, so
+    that it gets the new one. Returns: how many did.
+    """
+    make = functools.partial(make_password, config.password_length)
+    renewed = 0
+    for student in roster.students:
+        if not student.nb_pass:
+            roster.update(student.username, nb_pass=make())
+
+        account = find_account(student.username)
+        if not student.sys_pass and (account is None or is_ours(account)):
+            if account:
+                run_program(["usermod", "--password", "!", "--", student.username])
+                renewed += 1
+            roster.update(student.username, sys_pass=make())
+    roster.save()
+    return renewed
+
+
+def ensure_accounts(
+    config: Config, students: Sequence[Student], outcome: Outcome
+) -> dict[Student, str]:
+    """Make the accounts, with passwords; return what was done for whom."""
+    done = {}
+    try:
+        for student in progress(students, len(students), "accounts"):
+            with outcome.step(student.username):
+                done[student] = ensure_account(student, config.group)
+    finally:
+        # Those that were made before an interruption get theirs, too.
+        with uninterrupted():
+            set_missing_passwords(students)
+    return done
+
+
+def furnish_home(config: Config, member: Member) -> None:
+    """Make the home and the tutorial directory in it, and copy the IPython profile."""
+    ensure_home(member.account)
+    parts = config.tutorial_dir.parts
+    os.close(open_directory(member.home, parts, member.identity, create=True))
+
+    source = config.profile_dir
+    if config.profile and source.is_dir():
+        reader = identity_of(invoking_account())
+        copy = TreeCopy(reader, member.identity, wanted=is_profile_file)
+        problem = copy.run(source, (), member.home, source.parts[-2:]).problem
+        if problem:
+            raise Error(f"the IPython profile: {problem}")
+
+
+def command_send(course: Course) -> int:
+    """Copy the material into each account, over what is there."""
+    config = course.config
+    reader = identity_of(invoking_account())
+    try:
+        os.close(open_directory(config.material_dir, (), reader))
+    except Error as error:
+        raise UsageError(f"{config.path}: [Setup] material_dir: {error}") from None
+    return copy_for_all(course, "send", functools.partial(send_to, config))
+
+
+def send_to(config: Config, member: Member) -> CopyReport:
+    """Copy the material into one home."""
+    reader = identity_of(invoking_account())
+    copy = TreeCopy(reader, member.identity, backup=config.keep_changed)
+    parts = config.material_name.parts
+    return copy.run(config.material_dir, (), member.home, parts)
+
+
+def copy_for_all(
+    course: Course, label: str, copy: Callable[[Member], CopyReport]
+) -> int:
+    """Copy for all members and report it."""
+    outcome = Outcome()
+    total = CopyReport()
+    with course.roster.locked():
+        members = outcome.members(course.roster)
+        if not members:
+            raise UsageError(f"{course.roster.path}: nobody has an account; run setup")
+        for member, report in outcome.each(copy, members, label):
+            outcome.done(member.username, str(report))
+            if report.problem:
+                outcome.failed(member.username, report.problem)
+            total.add(report)
+
+    return outcome.finish(
+        f"{counted(len(members), 'student')}: {total};"
+        f" {format_bytes(total.copied_bytes)} copied."
+    )
+
+
+def command_launch(course: Course) -> int:
+    """Start the servers and serve the web page until SIGTERM or Ctrl-C.
+
+    SIGHUP, as `setup` and `remove` send it, has it read configuration and list again.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until it is handled
+    setproctitle.setproctitle(LAUNCHER_TITLE)
+    if not sys.stderr.isatty():
+        log.setLevel(min(log.level, logging.INFO))  # a line per event
+    check_reachable()
+    config, roster = course.config, course.roster
+    if not any(member.student.nb_pass for member in find_members(roster)):
+        raise UsageError(
+            f"{roster.path}: nobody has an account and a password; run setup"
+        )
+    if keyctl_number() is None:
+        log.warning(
+            "on this processor students' processes keep the session keyring of this"
+            " launch: start it where it holds no keys, as `keyctl session - ...` does"
+        )
+
+    ensure_capacity(course)
+    certificate = ensure_certificate(config)
+    launcher = Launcher(course, certificate, bind_base_port(config.port))
+    with roster.locked():
+        outcome = launcher.open_servers(course)
+    status = asyncio.run(launcher.run())
+    return 1 if outcome.failures else status
+
+
 def command_shutdown(course: Course) -> int:
     """End the notebook servers, kernels and terminals of all students at once."""
     warn_of_strays(course)
     outcome = Outcome()
-    students = [x for x in course.students.students if find_account(x.username)]
-    problems = stop_jupyter(students)
-    for student, result in for_each_student(clear_runtime_dir, students):
-        if student.username in problems:
-            outcome.failed(student.username, problems[student.username])
-        elif isinstance(result, Error):
-            outcome.failed(student.username, str(result))
-        else:
-            outcome.done(student.username, "shut down")
+    members = find_members(course.roster)
+    stop_jupyter(members, outcome)
+
+    for member, _ in outcome.each(clear_runtime_dir, members):
+        if member.username not in outcome.failures:
+            outcome.done(member.username, "shut down")
+    clear_empty_runtime_dir()
+
     launcher = find_launcher(course.config.port)
     if launcher:
         log.warning(
@@ -4028,45 +4834,70 @@ def command_shutdown(course: Course) -> int:
             launcher,
         )
     return outcome.finish(
-        f"The notebooks of {counted(len(students), 'student')} are shut down."
+        f"The notebooks of {counted(len(members), 'student')} are shut down."
     )
+
+
+def command_retrieve(course: Course) -> int:
+    """Copy the students' work into the storage; nothing there is lost."""
+    config = course.config
+    owner = config.storage_owner
+    try:
+        with acting_as(identity_of(owner)):
+            config.storage_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{config.path}: [Shutdown] storage_dir: {config.storage_dir} cannot be"
+            f" made by its owner {owner.pw_name}: {error.strerror}"
+        ) from None
+    return copy_for_all(course, "retrieve", functools.partial(retrieve_from, config))
+
+
+def retrieve_from(config: Config, member: Member, dry_run: bool = False) -> CopyReport:
+    """Copy one member's tutorial directory into the storage, or count what that is."""
+    if config.storage_dir.is_relative_to(member.home / config.tutorial_dir):
+        raise Error("storage_dir lies in what is to be retrieved; set another")
+    copy = TreeCopy(
+        reader=member.identity,
+        writer=identity_of(config.storage_owner),
+        backup=True,
+        limit=config.retrieve_limit,
+        dry_run=dry_run,
+    )
+    parts = config.tutorial_dir.parts
+    return copy.run(member.home, parts, config.storage_dir, (member.username,))
+
+
+LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
 
 
 def command_remove(course: Course) -> int:
     """Delete the accounts that setup made, after asking."""
     check_programs()
-    config, students = course.config, course.students
-    students.check_writable()
+    config, roster = course.config, course.roster
+    roster.check_writable()
     warn_of_strays(course)
-    outcome = Outcome()
-    present = [x for x in students.students if find_account(x.username)]
-    ours = [x for x in present if is_ours(find_account(x.username))]
-    others = [x for x in present if x not in ours]
-    if present:
-        describe_removal(config, ours, others)
-    if ours and not course.yes:
-        accounts = counted(len(ours), "account")
+    members = find_members(roster)
+    if members:
+        describe_removal(config, members)
+    ours = {member.username: member.is_ours for member in members}
+    if any(ours.values()) and not course.yes:
+        accounts = counted(sum(ours.values()), "account")
         confirm(f"Delete {accounts} and everything in their homes?")
-    with students.locked():
+
+    outcome = Outcome()
+    with roster.locked():
         # What has changed since the question: fewer may be deleted, but no others.
-        ours = [x for x in ours if x.username in students]
-        ours = [x for x in ours if is_ours(find_account(x.username))]
-        ended = end_accounts(ours, outcome)
-        deleted = 0
-        for student in progress(ended, len(ended), "remove"):
-            students.forget(student.username)
-            try:
-                remove_account(pwd.getpwnam(student.username))
-                outcome.done(student.username, "account and home deleted")
-                deleted += 1
-            except (Error, OSError) as error:
-                outcome.failed(student.username, explain(error))
-        others = [x for x in others if x.username in students]
-        for student in others:
-            leave_group(student.username, config.group)
-            students.update(student.username, nb_pass="", port="")
-            outcome.done(student.username, "not made by setup; the account stays")
-        students.save()
+        members = [each for each in find_members(roster) if each.username in ours]
+        doomed = [each for each in members if each.is_ours and ours[each.username]]
+        deleted = delete_accounts(doomed, roster, outcome)
+        others = [each for each in members if not ours[each.username]]
+        for member in others:
+            leave_group(member.username, config.group)
+            roster.update(member.username, nb_pass="", port="")
+            outcome.done(member.username, "not made by setup; the account stays")
+        roster.save()
+
     reload_launcher(config.port)
     group = config.group and remove_empty_group(config.group)
     return outcome.finish(
@@ -4075,56 +4906,50 @@ def command_remove(course: Course) -> int:
     )
 
 
-def end_accounts(students: Sequence[Student], outcome: Outcome) -> list[Student]:
-    """End all that these students run, and return those with whom that worked."""
-    accounts = {student: pwd.getpwnam(student.username) for student in students}
+def delete_accounts(members: Sequence[Member], roster: Roster, outcome: Outcome) -> int:
+    """End all that these members run, and delete those with whom that worked.
+
+    Returns: how many were deleted.
+    """
     ended = []
-    for student, account in accounts.items():
-        try:
-            end_account(account)
-            ended.append(student)
-        except (Error, OSError) as error:
-            outcome.failed(student.username, explain(error))
-    delete_public_files([accounts[student].pw_uid for student in ended])
-    return ended
+    for member in members:
+        with outcome.step(member.username):
+            end_account(member.account)
+            ended.append(member)
+    delete_public_files([member.uid for member in ended])
+
+    deleted = 0
+    for member in progress(ended, len(ended), "remove"):
+        # First, so that no row has the password of an account that is gone.
+        roster.forget(member.username)
+        with outcome.step(member.username):
+            remove_account(member.account)
+            outcome.done(member.username, "account and home deleted")
+            deleted += 1
+    return deleted
 
 
-def describe_removal(
-    config: Config, students: Sequence[Student], others: Sequence[Student]
-) -> None:
-    """Say what remove will delete, and what would be lost."""
-    sizes = {}
-    newer = []
-    look = functools.partial(look_at_home, config)
-    for student, result in for_each_student(look, students):
-        if not isinstance(result, Error):
-            sizes[student.username], changed = result
-            if changed:
-                newer.append(student.username)
-    total = format_bytes(sum(sizes.values()))
-    accounts = counted(len(students), "account")
-    say(f"{accounts} that setup made, with {total}, will be deleted.")
-    for other in others:
-        say(f"{other.username} was not made by setup: it only leaves the course.")
-    names = {student.username for student in students}
-    here = sorted({user.name for user in psutil.users()} & names)
-    if here:
-        say(f"Logged in at this moment: {', '.join(here)}.")
-    if newer:
-        say(f"Work that was not retrieved: {', '.join(sorted(newer))}.")
+@dataclasses.dataclass(frozen=True)
+class HomeReport(Message):
+    """What a home holds, and what a retrieve would copy from it."""
+
+    size_bytes: int
+    work: CopyReport
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.work.new or self.work.updated or self.work.over_limit)
 
 
-def look_at_home(config: Config, student: Student) -> tuple[int, bool]:
-    """Return how many bytes a home holds, and whether there is work to be retrieved."""
-    account = pwd.getpwnam(student.username)
-    identity = identity_of(account)
-    home_fd = open_directory(Path(account.pw_dir), (), identity)
-    size = directory_bytes(home_fd, time.monotonic() + LOOK_SECONDS)
-    try:
-        report = retrieve_from(config, student, dry_run=True)
-    except Error:
-        return size, False
-    return size, bool(report.new or report.updated or report.over_limit)
+def look_at_home(config: Config, member: Member) -> HomeReport:
+    """Look at a home as its owner can see it.
+
+    Raises: Error if the work in it cannot be looked at.
+    """
+    home_fd = open_directory(member.home, (), member.identity)
+    with acting_as(member.identity):
+        size = directory_bytes(home_fd, time.monotonic() + LOOK_SECONDS)
+    return HomeReport(size, retrieve_from(config, member, dry_run=True))
 
 
 def directory_bytes(fd: int, deadline: float, depth: int = 0) -> int:
@@ -4133,7 +4958,7 @@ def directory_bytes(fd: int, deadline: float, depth: int = 0) -> int:
     Closes `fd`.
     """
     total = 0
-    with os.scandir(fd) as entries:
+    with closing(fd), os.scandir(fd) as entries:
         for entry in entries:
             if time.monotonic() > deadline:
                 break
@@ -4142,33 +4967,39 @@ def directory_bytes(fd: int, deadline: float, depth: int = 0) -> int:
                 if entry.is_dir(follow_symlinks=False) and depth < MAX_DEPTH:
                     inner = os.open(entry.name, DIRECTORY_FLAGS, dir_fd=fd)
                     total += directory_bytes(inner, deadline, depth + 1)
-    os.close(fd)
     return total
 
 
-def confirm(question: str) -> None:
-    """Ask the teacher.
+def describe_removal(config: Config, members: Sequence[Member]) -> None:
+    """Say what remove will delete, and what would be lost."""
+    ours = [member for member in members if member.is_ours]
+    looks = Outcome()
+    size, unretrieved = 0, []
+    for member, home in looks.each(functools.partial(look_at_home, config), ours):
+        size += home.size_bytes
+        if home.has_work:
+            unretrieved.append(member.username)
+        if home.work.failed:
+            looks.failed(member.username, home.work.first_failure)
 
-    Raises: UsageError if the answer is not yes, or nobody can answer.
-    """
-    if not sys.stdin.isatty():
-        raise UsageError("nothing was deleted: without a terminal this needs --yes")
-    try:
-        answer = input(f"{question} [yes/no] ")
-    except EOFError:
-        say("")
-        answer = ""
-    except KeyboardInterrupt:
-        say("")
-        raise Interrupted("interrupted; nothing was deleted") from None
-    if answer.strip().lower() not in ("y", "yes"):
-        raise UsageError("nothing was deleted")
+    accounts = counted(len(ours), "account")
+    say(f"{accounts} that setup made, with {format_bytes(size)}, will be deleted.")
+    for member in members:
+        if member not in ours:
+            say(f"{member.username} was not made by setup: it only leaves the course.")
+    names = {member.username for member in ours}
+    here = sorted({user.name for user in psutil.users()} & names)
+    if here:
+        say(f"Logged in at this moment: {', '.join(here)}.")
+    if unretrieved:
+        say(f"Work that was not retrieved: {', '.join(sorted(unretrieved))}.")
+    for username, reason in sorted(looks.failures.items()):
+        say(f"{username}: their work could not be looked at: {reason}")
 
 
 # -------------------------------------------------------------------------------------
-# Command line
+# The command line
 # -------------------------------------------------------------------------------------
-
 
 COMMANDS: dict[str, Callable[[Course], int]] = {
     "setup": command_setup,
@@ -4179,7 +5010,11 @@ COMMANDS: dict[str, Callable[[Course], int]] = {
     "remove": command_remove,
 }
 # What this script is executed as by the launcher, with the number of a descriptor.
-ROLES = {"template": run_template, "webserver": run_webserver}
+ROLES: dict[str, Callable[[Channel], None]] = {
+    "template": lambda channel: run_template(channel, preload_server, become_server),
+    "webserver": run_webserver,
+}
+VERBOSITY = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -4219,6 +5054,23 @@ def ensure_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))
 
 
+def run_command(arguments: Sequence[str]) -> int:
+    """Run a command of the usage line and return its exit status."""
+    options = make_parser().parse_args(arguments)
+    os.umask(0o022)  # root's may be 077, and students must get at what is theirs
+    log.setLevel(VERBOSITY[min(options.verbose, 2)])
+    if os.geteuid() != 0:
+        raise UsageError(
+            f"{options.command} needs root: run `sudo notebooks.py {options.command} ...`"
+        )
+
+    # It runs for weeks, in a process that is as small as it can be.
+    if options.command == "launch" and not sys.flags.isolated:
+        os.execv(sys.executable, script_command(*arguments))
+    course = load_course(options.config, getattr(options, "yes", False))
+    return COMMANDS[options.command](course)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
@@ -4228,23 +5080,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ensure_standard_streams()
     logging.basicConfig(format="notebooks.py: %(message)s", level=logging.WARNING)
     if len(arguments) == 2 and arguments[0] in ROLES and arguments[1].isdigit():
-        ROLES[arguments[0]](socket.socket(fileno=int(arguments[1])))
+        ROLES[arguments[0]](Channel(int(arguments[1])))
         return 0
-    options = make_parser().parse_args(arguments)
-    os.umask(0o022)  # root's may be 077, and students must get at what is theirs
-    log.setLevel(
-        (logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)]
-    )
+
     try:
-        if os.geteuid() != 0:
-            raise UsageError(
-                f"{options.command} needs root: run `sudo notebooks.py"
-                f" {options.command} ...`"
-            )
-        if options.command == "launch" and not sys.flags.isolated:
-            os.execv(sys.executable, script_command(*arguments))
-        course = load_course(options.config, getattr(options, "yes", False))
-        return COMMANDS[options.command](course)
+        return run_command(arguments)
     except Error as error:
         for line in str(error).splitlines():
             log.error("%s", line)

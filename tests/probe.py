@@ -7,12 +7,12 @@ modules that were imported since the fork, where the template's HOME is still to
 found, and the times after which it would stop what is idle.
 """
 
+import asyncio
 import contextlib
 import gc
 import json
 import os
 import posix
-import pwd
 import signal
 import sys
 from collections.abc import Iterator
@@ -93,17 +93,24 @@ def report(fd: int, old_modules: set[str]) -> None:
 def main(config_file: str, username: str) -> None:
     setproctitle.setproctitle("notebooks.py: template process")
     os.environ["HOME"] = str(notebooks.TEMPLATE_HOME)
-    notebooks.preload()
+    notebooks.preload_server()
     course = notebooks.load_course(Path(config_file), False)
-    (student,) = (
-        each for each in course.students.students if each.username == username
+    (member,) = (
+        each
+        for each in notebooks.find_members(course.roster)
+        if each.username == username
     )
-    listener = notebooks.bind_port(int(student.port))
-    certificate = notebooks.ensure_certificate(course.config)
-    account = pwd.getpwnam(username)
-    server = notebooks.Server(student, account.pw_uid, int(student.port), listener)
-    request = notebooks.server_request(course.config, certificate, server)
-    notebooks.ensure_runtime_dir(account)
+    port = int(member.student.port)
+    listener = notebooks.bind_port(port)
+    context = notebooks.StartContext(
+        config=course.config,
+        certificate=notebooks.ensure_certificate(course.config),
+        template=notebooks.Template("template"),
+        slots=asyncio.Semaphore(),
+    )
+    server = notebooks.Server(member, port, listener)
+    order = notebooks.server_order(context, server)
+    notebooks.ensure_runtime_dir(member.account)
     old_modules = set(sys.modules)
     pid = os.fork()
     if pid:
@@ -111,7 +118,7 @@ def main(config_file: str, username: str) -> None:
     else:
         fd = os.dup(1)
         signal.signal(signal.SIGUSR2, lambda *_: report(fd, old_modules))
-        notebooks.run_server(request, listener)
+        notebooks.become_server(order, [listener.fileno(), os.dup(2)])
 
 
 if __name__ == "__main__":

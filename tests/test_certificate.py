@@ -22,7 +22,7 @@ def config(tmp_path: Path) -> notebooks.Config:
     """A configuration without a certificate."""
     path = tmp_path / "notebooks.cfg"
     path.touch()
-    return notebooks.read_config(path, [])
+    return notebooks.read_config(path)[0]
 
 
 def with_files(

@@ -36,8 +36,7 @@ def read(directory: Path, text: str | bytes) -> tuple[notebooks.Config, list[str
     """Return what the file says and what is wrong with it."""
     path = directory / "notebooks.cfg"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    problems: list[str] = []
-    return notebooks.read_config(path, problems), problems
+    return notebooks.read_config(path)
 
 
 def section_of(key: str) -> str:
@@ -115,8 +114,8 @@ def test_the_defaults_in_the_sample_are_the_defaults() -> None:
     written = [(section, *item) for section in sample for item in sample.items(section)]
     own_title = ("Launch", "web_title", "Sample course")
     assert written == [
-        own_title if option.key == "web_title" else option[:2] + option[3:]
-        for option in notebooks.OPTIONS
+        own_title if key == "web_title" else (option["section"], key, option["default"])
+        for key, option in notebooks.config_keys().items()
     ]
 
 
@@ -126,9 +125,9 @@ def test_the_readme_lists_each_key_with_its_default() -> None:
         table = text.partition(f"``[{section}]``")[2].partition("\n\n")[0]
         rows = re.findall(r"^``(\w+)`` +(?:``(\S+)``)?", table, re.MULTILINE)
         assert rows == [
-            (option.key, option.default)
-            for option in notebooks.OPTIONS
-            if option.section == section
+            (key, option["default"])
+            for key, option in notebooks.config_keys().items()
+            if option["section"] == section
         ]
 
 
@@ -251,7 +250,7 @@ def test_a_file_that_cannot_be_read_is_refused(
     path = tmp_path / "notebooks.cfg"
     with pytest.raises(notebooks.UsageError, match=message) as refusal:
         if content is None:
-            notebooks.read_config(path, [])
+            notebooks.read_config(path)
         else:
             read(tmp_path, content)
     assert str(path) in str(refusal.value)
@@ -259,7 +258,7 @@ def test_a_file_that_cannot_be_read_is_refused(
 
 def test_a_directory_is_no_configuration_file(tmp_path: Path) -> None:
     with pytest.raises(notebooks.UsageError, match=f"{tmp_path}: is a directory"):
-        notebooks.read_config(tmp_path, [])
+        notebooks.read_config(tmp_path)
 
 
 def test_paths_stay_where_they_are_when_the_working_directory_changes(
@@ -267,7 +266,7 @@ def test_paths_stay_where_they_are_when_the_working_directory_changes(
 ) -> None:
     (tmp_path / "notebooks.cfg").touch()
     monkeypatch.chdir(tmp_path)
-    config = notebooks.read_config(Path("notebooks.cfg"), [])
+    config, _ = notebooks.read_config(Path("notebooks.cfg"))
     os.chdir("/")
     assert config.user_list == tmp_path / "students.csv"
     assert config.path == tmp_path / "notebooks.cfg"

@@ -96,8 +96,7 @@ def test_remove_before_setup_keeps_what_the_teacher_typed(course: Course) -> Non
 
 
 def test_what_is_added_to_the_list_meanwhile_is_kept(course: Course) -> None:
-    problems: list[str] = []
-    students = notebooks.StudentList(course.user_list, problems)
+    students = notebooks.Roster(course.user_list)
     with students.locked():
         students.update(course.students[0], nb_pass="secret")
         with course.user_list.open("a") as file:
@@ -112,7 +111,7 @@ def test_what_is_added_to_the_list_meanwhile_is_kept(course: Course) -> None:
 
 
 def test_a_row_that_is_deleted_meanwhile_stays_deleted(course: Course) -> None:
-    students = notebooks.StudentList(course.user_list, [])
+    students = notebooks.Roster(course.user_list)
     stays, gone = course.students
     with students.locked():
         course.write_students([{"username": stays}])

@@ -1,5 +1,6 @@
 """The processes of students: which are Jupyter's, and how they end."""
 
+import contextlib
 import multiprocessing
 import os
 import pwd
@@ -8,14 +9,15 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import notebooks
 import psutil
 import pytest
 from conftest import CourseMaker
-from notebooks import GRACE_SECONDS, Error, Student, for_each_student
+from notebooks import GRACE_SECONDS, Error, Member, Outcome, Student, run_workers
 from support import ENVIRONMENT, Course, made_account, processes_of, wait_until
 
 PYTHON = "/usr/bin/python3"
@@ -140,14 +142,15 @@ def start(programs: str) -> Iterator[Start]:
 
 def find_jupyter(uid: int) -> list[psutil.Process]:
     processes = notebooks.processes_by_uid([uid])[uid]
-    roots = notebooks.find_roots(processes)
-    assert roots is not None
-    return notebooks.family_of(processes, roots)
+    return notebooks.family_of(processes, {*notebooks.find_roots(processes)})
 
 
 def stop_jupyter(usernames: list[str]) -> dict[str, str]:
+    outcome = Outcome()
     rows = [Student(i, name, "", "", "", "", "") for i, name in enumerate(usernames)]
-    return notebooks.stop_jupyter(rows)
+    members = [member for row in rows if (member := notebooks.find_member(row))]
+    notebooks.stop_jupyter(members, outcome)
+    return outcome.failures
 
 
 def runs(process: subprocess.Popen[str]) -> bool:
@@ -293,6 +296,22 @@ def test_a_signal_reaches_only_processes_of_the_expected_user(
 
 def students(count: int) -> list[Student]:
     return [Student(i, f"student{i}", "", "", "", "", "") for i in range(1, count + 1)]
+
+
+def for_each_student(
+    work: Callable[[Student], object], students: Iterable[Student]
+) -> Generator[tuple[Student, Any], None, None]:
+    """Have workers do something; yield what comes of it, which may be an Error."""
+    root = pwd.getpwuid(0)
+    members = [Member(each, root, notebooks.identity_of(root)) for each in students]
+    workers = run_workers(lambda member: work(member.student), members)
+    with contextlib.closing(workers):  # type: ignore[type-var]
+        for worker in workers:
+            try:
+                result = worker.result()
+            except Error as error:
+                result = error
+            yield worker.member.student, result
 
 
 def test_each_student_has_a_process_of_their_own() -> None:

@@ -22,38 +22,34 @@ from support import Course
 EXCEL = 'Klasse;Username;name;Notiz\r\n7b;{};Zoë;"sagt ""hallo"";\r\nund geht"\r\n'
 
 
-def read_anything(
-    directory: Path, data: str | bytes, problems: list[str]
-) -> notebooks.StudentList:
+def read_anything(directory: Path, data: str | bytes) -> notebooks.Roster:
     path = directory / "students.csv"
     path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return notebooks.StudentList(path, problems)
+    return notebooks.Roster(path)
 
 
-def read(directory: Path, data: str | bytes) -> notebooks.StudentList:
+def read(directory: Path, data: str | bytes) -> notebooks.Roster:
     """Return the list that was written as these bytes; nothing is wrong with it."""
-    problems: list[str] = []
-    students = read_anything(directory, data, problems)
-    assert not problems
+    students = read_anything(directory, data)
+    assert not [*students.problems()]
     return students
 
 
 def problems_of(directory: Path, data: str | bytes) -> list[str]:
     """Return what is wrong with a list, without its path."""
-    problems: list[str] = []
-    read_anything(directory, data, problems)
+    problems = [*read_anything(directory, data).problems()]
     path = f"{directory}/students.csv: "
     assert all(problem.startswith(path) for problem in problems)
     return [problem.removeprefix(path) for problem in problems]
 
 
-def save(students: notebooks.StudentList) -> bytes:
+def save(students: notebooks.Roster) -> bytes:
     """Return what the file holds after it was written anew."""
     inode = students.path.stat().st_ino
     students.path.chmod(0o644)  # a file that is right already would be left alone
-    held = students.records
+    held = students.document
     with students.locked():
-        students.records = held
+        students.document = held
         students.save()
     assert students.path.stat().st_ino != inode
     return students.path.read_bytes()
@@ -322,7 +318,7 @@ def test_a_file_that_is_no_list_is_refused(
 @pytest.mark.parametrize("name", ["missing.csv", "."])
 def test_a_list_that_cannot_be_read_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(notebooks.UsageError, match="list of students cannot be read"):
-        notebooks.StudentList(tmp_path / name, [])
+        notebooks.Roster(tmp_path / name)
 
 
 # ---------------------------------------------------------------------------------------
@@ -352,7 +348,7 @@ def test_a_link_to_a_list_stays_a_link(tmp_path: Path) -> None:
     target = read(tmp_path, PLAIN).path
     link = tmp_path / "link.csv"
     link.symlink_to(target)
-    students = notebooks.StudentList(link, [])
+    students = notebooks.Roster(link)
     with students.locked():
         students.update("bo", port="8889")
         students.save()
@@ -361,15 +357,15 @@ def test_a_link_to_a_list_stays_a_link(tmp_path: Path) -> None:
 
 
 def test_a_list_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
-    first, second = read(tmp_path, PLAIN), notebooks.StudentList
+    first, second = read(tmp_path, PLAIN), notebooks.Roster
     with first.locked():
         for port in ("8889", "8890"):  # each file that is saved holds the lock anew
             with pytest.raises(notebooks.UsageError, match="another notebooks.py"):
-                with second(first.path, []).locked():
+                with second(first.path).locked():
                     pass
             first.update("bo", port=port)
             first.save()
-    late = second(first.path, [])
+    late = second(first.path)
     with late.locked():
         assert late.students[1].port == "8890"
 
