@@ -17,15 +17,11 @@ process table and the listening sockets say what runs.
 
 In this file a *student* is a row of the list, an *account* an entry of passwd, and a
 *member* both together. Whatever happens in a student's home happens with that student's
-ids, and root follows no path there; only `remove` deletes as root, after it has ended
-all that the student runs. Whatever a student could hold up is done by a *worker*: a
-process for one member, which is given up when it shows no sign of life.
+ids, and root follows no path there; only `remove` deletes as root, after it has ended all
+that the student runs. A *worker*, a process for one member, does whatever a student could
+hold up; it is given up when it shows no sign of life.
 
-Processes
-=========
-
-`launch` consists of these. The template and the webserver are this script, executed
-afresh with one end of a channel; each ends when the other end is gone.
+`launch` consists of these processes:
 
 launcher   root     holds all ports, has servers started and watches them; it waits on
                     sockets and never reads from the network
@@ -34,51 +30,44 @@ template   root     has imported Jupyter once; forks one notebook server per req
 webserver  nobody   the landing page on the base port
 server     student  one Jupyter Notebook server per student, on a port of its own
 
-SIGHUP has the launcher read configuration and list again; `setup` and `remove` send it.
-SIGTERM and Ctrl-C end the launcher and its helpers; the servers run on.
+Template and webserver are the launcher's helpers: this script, executed afresh with one end
+of a channel. Each ends when the other end is gone. SIGHUP has the launcher read
+configuration and list again; `setup` and `remove` send it. SIGTERM and Ctrl-C end the
+launcher and its helpers; the servers run on. These are the messages between all of them:
 
-Messages
-========
+message      from      to        descriptors        says
+Ready        helper    launcher  -                  it can do its work from now on
+ForkRequest  launcher  template  end of a channel   fork: an order comes through that
+ServerOrder  launcher  fork      listening socket,  run this student's server
+                                 terminal
+Forked       fork      launcher  pidfd of the fork  it has taken the order
+Exited       template  launcher  -                  a fork's pid and its exit code
+Site         launcher  webserver listening socket   what the landing page shows
+SignOfLife   worker    command   -                  it is not stuck
+Done         worker    command   -                  what the work returned
+Failed       worker,   command,  -                  why the work, or the fork, could not be
+             template  launcher                     done
 
-Every message is a dataclass that `Channel` carries as one record.
+One start of a server, in the order of time, from left to right and back:
 
-message      from       to         descriptors         says
-Ready        helper     launcher   -                   it can do its work from now on
-ForkRequest  launcher   template   end of a channel    fork: an order comes through it
-ServerOrder  launcher   fork       listening socket,   run this student's server
-                                   terminal
-Forked       fork       launcher   pidfd of the fork   it has taken the order
-NotForked    template   launcher   -                   why it could not fork
-Exited       template   launcher   -                   a fork's pid and its exit code
-Site         launcher   webserver  listening socket    what the landing page shows
-SignOfLife   worker     command    -                   it is not stuck
-Done         worker     command    -                   what the work returned
-Failed       worker     command    -                   the error in which it ended
+launcher                          template              fork (root, then the student)
+1 Server.tend        is wanted
+2 Server.start       has a slot
+3 Server.start_once  has an order
+4 Template.fork   --ForkRequest-> 5 fork_on_request --> take_order
+                  --ServerOrder (through the new channel)-> .
+                  <-Forked--------------------------------- .
+                                                        6 become_server  drops privileges
+                                                        7 make_app       builds Jupyter
+                                                        8 serve          prints its address
+9 watch_start     <-the address, through the terminal------ .
+                                                          move_output_to_log
+  Server.tend        waits for the end of the process
 
-A fork answers through the channel that its ForkRequest brought, and so does a template
-that cannot fork. All else goes through the channel of the helper or of the worker.
-
-The start of a server
-=====================
-
-1. `Server.tend` (launcher): the server is wanted, at launch or because somebody connects
-   to its port, on which the launcher listens as long as no server runs.
-2. `Server.start` waits for one of a few slots, so that servers do not start all at once.
-3. `Server.start_once` checks the account, opens a terminal, and writes a `ServerOrder`.
-4. `Template.fork` sends the template one end of a new channel, and the order into it.
-5. `fork_on_request` (template) forks. `take_order` (the fork, root) receives the order
-   with the listening socket and the terminal, and answers with a pidfd of itself.
-6. `become_server` reads the certificate's key, then becomes the student for good.
-7. `make_app` (the student) builds Jupyter's application; no code of theirs is executed.
-8. `serve` hands the listening socket to an HTTPS server and starts the application. This
-   prints its address on the terminal. The next thing to run in its event loop is
-   `move_output_to_log`, which leaves the terminal.
-9. `watch_start` (launcher) waits for that address on the terminal: the server runs. It
-   ends all hope if the terminal is closed first, or nothing comes for a minute.
-
-A template that dies during a start closes the channel of step 4, so that `Template.fork`
-raises; `Server.start` reports the failure, and the server is wanted again at the next
-visit. `Template.run` meanwhile starts another template. Servers that run need none.
+A server is wanted at launch, or when somebody connects to its port, on which the launcher
+listens while no server runs. A template that dies during a start closes the new channel:
+`Template.fork` raises, `Server.start` reports it, `Template.run` starts another template,
+and the next visit starts the server. Servers that run need no template.
 """
 
 import argparse
@@ -126,6 +115,7 @@ import tempfile
 import threading
 import time
 import traceback
+import typing
 import urllib.parse
 import warnings
 from collections.abc import (
@@ -160,12 +150,10 @@ log = logging.getLogger("notebooks")
 Value = TypeVar("Value")
 
 
-# -------------------------------------------------------------------------------------
-# Errors, and words for people
+# == Errors, and words for people ==========================================================
 #
 # Whatever can be foreseen to go wrong is an `Error`, whose message says what to do. Only
 # `main` prints one and ends the program with its exit status; a bug keeps its traceback.
-# -------------------------------------------------------------------------------------
 
 
 class Error(Exception):
@@ -228,10 +216,7 @@ def say(text: str) -> None:
 
 
 def flush_output() -> None:
-    """Flush what was printed; where nobody reads any more, write to nowhere from now on.
-
-    A terminal that was closed, or a reader of a pipe that has gone, ends no command.
-    """
+    """Flush what was printed; where nobody reads any more, write to nowhere from now on."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -276,10 +261,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def confirm(question: str) -> None:
-    """Ask the teacher.
-
-    Raises: UsageError if the answer is not yes, or nobody can answer.
-    """
+    """Ask the teacher; raises UsageError unless the answer is yes."""
     if not sys.stdin.isatty():
         raise UsageError("nothing was deleted: without a terminal this needs --yes")
 
@@ -296,11 +278,9 @@ def confirm(question: str) -> None:
         raise UsageError("nothing was deleted")
 
 
-# -------------------------------------------------------------------------------------
-# Tools: programs and files
+# == Tools: programs and files =============================================================
 #
 # Programs of the system's do what they do best. Files of ours are whole at any time.
-# -------------------------------------------------------------------------------------
 
 # Where programs are looked for, and those without which setup and remove do not begin.
 PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -330,19 +310,16 @@ def check_programs() -> None:
 
 
 def run_program(argv: Sequence[str], text: str = "") -> str:
-    """Run a program of the system's and return what it printed on standard output.
-
-    Raises: Error if it is missing or fails, with the last line of what it said.
-    """
+    """Run a system program; return what it printed, or raise Error with its last words."""
     log.debug("running %s", shlex.join(argv))
     program = shutil.which(argv[0], path=PROGRAM_PATH)
     if not program:
         raise Error(f"the program {argv[0]} is not installed on this machine")
 
     # Ctrl-C must leave no account database half written or locked. So it waits for the
-    # program's end, and the program's own session keeps it, and any signal to our
-    # process group, from the program. If we are killed, our pipe breaks: the program
-    # inherits that SIGPIPE is ignored, or a useradd would die of its next word.
+    # program's end, and the program's own session keeps it, and any signal to our process
+    # group, from the program. If we are killed, our pipe breaks: the program inherits that
+    # SIGPIPE is ignored, or a useradd would die of its next word.
     with uninterrupted():
         done = subprocess.run(
             [program, *argv[1:]],
@@ -363,33 +340,14 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
     return done.stdout
 
 
-def delete_tree(path: Path) -> None:
-    """Delete a file or a directory with all that is in it on the same file system.
-
-    Raises: Error if something is left.
-    """
-    run_deletion("rm", "-rf", "--one-file-system", "--", str(path))
-
-
-def delete_found(directory: str, *tests: str) -> None:
-    """Delete what find(1) finds in a directory by these tests, on its file system.
-
-    Raises: Error if something is left.
-    """
-    run_deletion("find", directory, "-xdev", *tests, "-delete")
-
-
 def run_deletion(*argv: str) -> None:
-    """Run find(1) or rm(1), which may take long; Ctrl-C ends it."""
+    """Run find(1) or rm(1), which may take long; Ctrl-C ends it. Raises Error."""
     log.debug("running %s", shlex.join(argv))
     # What it says is not kept: students can make it as long as they like.
+    null = subprocess.DEVNULL
+    path = {"PATH": PROGRAM_PATH}
     process = subprocess.Popen(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={"PATH": PROGRAM_PATH},
-        cwd="/",
+        argv, stdin=null, stdout=null, stderr=null, cwd="/", env=path
     )
 
     try:
@@ -420,9 +378,8 @@ def close_all_but(fds: Collection[int]) -> None:
 def lock_file(path: Path) -> int:
     """Return a descriptor that holds the lock of a file that may be replaced meanwhile.
 
-    The lock is on the file (which students cannot open), not on its directory.
-
-    Raises: BusyError if another process has it.
+    The lock is on the file (which students cannot open), not on its directory. Raises:
+    BusyError if another process has it.
     """
     while True:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -441,12 +398,10 @@ def lock_file(path: Path) -> int:
 
 
 def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> int:
-    """Replace a file by one of mode 0600; there is a whole one at any time.
-
-    Returns: a descriptor of the new file, which holds its lock.
-    """
+    """Replace a file by one of mode 0600, and return a descriptor that locks it."""
     try:
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             os.fchown(fd, uid, gid)
@@ -464,40 +419,34 @@ def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> int:
     return fd
 
 
-# -------------------------------------------------------------------------------------
-# Tools: messages
+# == Tools: messages =======================================================================
 #
-# Our processes talk by sending dataclasses over pairs of sockets that keep records
-# apart. The table of all messages is in this module's docstring. A new one is a subclass
-# of `Message`, beside its sender or receiver, and a line in the table.
-# -------------------------------------------------------------------------------------
+# Our processes talk by sending dataclasses over pairs of sockets that keep records apart.
+# The table of all messages is in this module's docstring. A new one is a subclass of
+# `Message`, beside its sender or receiver, and a line in the table.
 
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_MESSAGE_DESCRIPTORS = 4
 SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
 
 
+@typing.dataclass_transform(frozen_default=True)
 class Message:
-    """What one of our processes tells another: a dataclass of what JSON can express.
+    """What a process tells another, as JSON; each subclass becomes a frozen dataclass."""
 
-    Other messages may be part of it.
-    """
+    def __init_subclass__(cls, frozen: bool = True) -> None:
+        dataclasses.dataclass(frozen=frozen)(cls)
 
 
 def encode_message(message: Message) -> bytes:
     """Return a message as JSON: an object of its fields, and its class's name."""
-
-    def as_object(part: Any) -> dict[str, Any]:
-        return {"message": type(part).__name__, **vars(part)}
-
-    return json.dumps(message, default=as_object).encode()
+    return json.dumps(
+        message, default=lambda part: {"message": type(part).__name__, **vars(part)}
+    ).encode()
 
 
 def decode_message(data: bytes) -> Message:
-    """Return the message again.
-
-    Raises: ValueError for anything else.
-    """
+    """Return the message again; raises ValueError for anything else."""
     kinds = {kind.__name__: kind for kind in Message.__subclasses__()}
 
     def as_message(fields: dict[str, Any]) -> Any:
@@ -513,57 +462,34 @@ def decode_message(data: bytes) -> Message:
     return message
 
 
-class Channel:
-    """One end of a connection between two of our processes.
-
-    Source: unix(7), SOCK_SEQPACKET and SCM_RIGHTS.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self.socket = socket.socket(fileno=fd)
-        # A long list of students is one message. In a container the usual 200 kB do.
-        with contextlib.suppress(PermissionError):
-            self.socket.setsockopt(
-                socket.SOL_SOCKET, SO_SNDBUFFORCE, MAX_MESSAGE_BYTES
-            )
+class Channel(socket.socket):
+    """One end of a connection between processes of ours: unix(7), SOCK_SEQPACKET."""
 
     @classmethod
     def pair(cls) -> "tuple[Channel, Channel]":
         """Return both ends of a new channel."""
         ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours, theirs = (cls(end.detach()) for end in ends)
+        for end in ends:
+            # A long list of students is one message. In a container the usual 200 kB do.
+            with contextlib.suppress(PermissionError):
+                end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, MAX_MESSAGE_BYTES)
+        ours, theirs = (cls(fileno=end.detach()) for end in ends)
         return ours, theirs
 
-    def __enter__(self) -> "Channel":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def close(self) -> None:
-        self.socket.close()
-
-    def send(self, message: Message, fds: Sequence[int] = (), wait: bool = True) -> None:
-        """Send a message with descriptors.
-
-        Raises: OSError if the other side is gone, or could not take it at once.
-        """
+    def send_message(
+        self, message: Message, fds: Sequence[int] = (), wait: bool = True
+    ) -> None:
+        """Send a message with descriptors; raises OSError if the other side takes none."""
         flags = 0 if wait else socket.MSG_DONTWAIT
-        socket.send_fds(self.socket, [encode_message(message)], list(fds), flags)
+        socket.send_fds(self, [encode_message(message)], list(fds), flags)
 
-    def receive(self) -> tuple[Message, list[int]]:
-        """Receive a message, with descriptors that are closed on exec.
-
-        Raises: EOFError if the other side is gone, ValueError if it talks nonsense.
-        """
-        # Not socket.recv_fds: in Python 3.11 it ignores its flags, and what it returns
-        # is inherited by programs.
+    def receive_message(self) -> tuple[Message, list[int]]:
+        """Receive a message; raises EOFError at the end, and ValueError for nonsense."""
+        # Not socket.recv_fds: in Python 3.11 it ignores its flags, and what it returns is
+        # inherited by programs.
         size = MAX_MESSAGE_DESCRIPTORS * 4
         try:
-            data, ancillary, _, _ = self.socket.recvmsg(
+            data, ancillary, _, _ = self.recvmsg(
                 MAX_MESSAGE_BYTES, socket.CMSG_SPACE(size), socket.MSG_CMSG_CLOEXEC
             )
         except ConnectionError:
@@ -586,20 +512,14 @@ class Channel:
 
 
 def is_readable(fd: int, seconds: float = 0) -> bool:
-    """Wait until a descriptor can be read, and say whether that has come.
-
-    Not by select(2): a launcher of many students has descriptors above 1023.
-    """
-    poll = select.poll()
+    """Wait until a descriptor can be read, and say whether that has come."""
+    poll = select.poll()  # select(2) knows no descriptor above 1023
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(seconds * 1000))
 
 
 async def wait_readable(fd: int, seconds: float | None = None) -> None:
-    """Wait until a descriptor can be read.
-
-    Raises: TimeoutError.
-    """
+    """Wait until a descriptor can be read, or raise TimeoutError."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     loop.add_reader(fd, readable.set)
@@ -621,37 +541,22 @@ async def end_tasks(tasks: "Iterable[asyncio.Task[Any]]") -> None:
                 task.exception()  # or asyncio complains that nobody has looked at it
 
 
-# -------------------------------------------------------------------------------------
-# Tools: processes of our own
+# == Tools: processes of our own ===========================================================
 #
-# `Process` is any process, held by a descriptor. `Child` is one that we have started,
-# with a channel to it: workers, the template and the webserver are children. Each fork
-# of ours goes through `fork_process`.
-# -------------------------------------------------------------------------------------
+# `Process` is any process, held by a descriptor. `Child` is one that we have started, with
+# a channel to it: workers, the template and the webserver are children. Each fork of ours
+# goes through `fork_process`.
 
 MAX_RESTART_DELAY_SECONDS = 60.0
 
 
 class Process:
-    """A process, held by a descriptor that names it whatever becomes of its pid.
+    """A process, held by a descriptor whatever becomes of its pid: pidfd_open(2)."""
 
-    Source: pidfd_open(2). The descriptor becomes readable when the process has ended.
-    """
-
-    def __init__(self, pid: int, pid_fd: int) -> None:
-        self.pid = pid
-        self.pid_fd = pid_fd
-
-    @classmethod
-    def open(cls, pid: int) -> "Process":
+    def __init__(self, pid: int, pid_fd: int | None = None) -> None:
         """Raises: ProcessLookupError if there is none."""
-        return cls(pid, os.pidfd_open(pid))
-
-    def __enter__(self) -> "Process":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.pid = pid
+        self.pid_fd = os.pidfd_open(pid) if pid_fd is None else pid_fd
 
     def close(self) -> None:
         os.close(self.pid_fd)
@@ -660,17 +565,12 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pid_fd, number)
 
-    def ends_within(self, seconds: float) -> bool:
-        return is_readable(self.pid_fd, seconds)
-
 
 def fork_process(function: Callable[[], object], keep: Collection[int] = ()) -> int:
     """Fork; the child calls the function and ends, and never returns from here.
 
-    Its exit status is 0 if the function returned, else 1 or what SystemExit says. Of
-    what is open here it holds only `keep` and the standard streams, above all no lock.
-
-    Returns: the pid of the child.
+    Its exit status is 0 if the function returned, else 1 or what SystemExit says. It holds
+    only `keep` and the standard streams, above all no lock. Returns: the child's pid.
     """
     # A lock that another thread holds at this moment would never be released.
     if len(os.listdir("/proc/self/task")) != 1:
@@ -701,12 +601,9 @@ class Child(Process):
     """A process that we have started, and our end of a channel to it."""
 
     def __init__(
-        self,
-        pid: int,
-        channel: Channel,
-        popen: "subprocess.Popen[bytes] | None" = None,
+        self, pid: int, channel: Channel, popen: "subprocess.Popen[bytes] | None" = None
     ) -> None:
-        super().__init__(pid, os.pidfd_open(pid))
+        super().__init__(pid)
         self.channel = channel
         self.popen = popen  # of a child that was executed
 
@@ -721,6 +618,8 @@ class Child(Process):
     @classmethod
     def execute(cls, role: str, home: Path) -> "Child":
         """Execute this script afresh, in a role that `main` knows."""
+        language = os.environ.get("LANG", "C.UTF-8")
+
         ours, theirs = Channel.pair()
         with theirs:
             popen = subprocess.Popen(
@@ -728,11 +627,7 @@ class Child(Process):
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 cwd="/",
-                env={
-                    "PATH": PROGRAM_PATH,
-                    "HOME": str(home),
-                    "LANG": os.environ.get("LANG", "C.UTF-8"),
-                },
+                env={"PATH": PROGRAM_PATH, "HOME": str(home), "LANG": language},
                 start_new_session=True,  # Ctrl-C is for the launcher alone
             )
         return cls(popen.pid, ours, popen)
@@ -749,15 +644,17 @@ class Child(Process):
     def stop(self, seconds: float, number: int = 0) -> int | None:
         """End the child: by closing its channel, by a signal, in the end by SIGKILL.
 
-        Returns: as `reap` does, or None for one that is stuck in the kernel: it ends
-        when it can, and nobody waits for that.
+        Returns: as `reap` does, or None for one that is stuck in the kernel: it ends when
+        it can, and nobody waits for that.
         """
         self.channel.close()
         self.send_signal(number)
-        if not self.ends_within(seconds):
+
+        if not is_readable(self.pid_fd, seconds):
             self.send_signal(signal.SIGKILL)
-        if self.ends_within(1):
+        if is_readable(self.pid_fd, 1):
             return self.reap()
+
         self.close()
         return None
 
@@ -765,8 +662,8 @@ class Child(Process):
 def script_command(*arguments: str) -> list[str]:
     """Return the command line that executes this script for as long as a course lasts.
 
-    `-I` ignores PYTHON* variables and the current directory. Going through runpy frees
-    the 9 MB syntax tree that CPython keeps for a script given by name.
+    `-I` ignores PYTHON* variables and the current directory. Going through runpy frees the
+    9 MB syntax tree that CPython keeps for a script given by name.
     """
     run = (
         "import runpy, sys; del sys.argv[0];"
@@ -775,30 +672,27 @@ def script_command(*arguments: str) -> list[str]:
     return [sys.executable, "-I", "-c", run, __file__, *arguments]
 
 
-def restart_delay(failures: int) -> float:
-    """Return the seconds to wait before something that failed is tried again."""
-    return min(2.0 ** min(failures, 10), MAX_RESTART_DELAY_SECONDS)
+def restart_delay(restarts: int) -> float:
+    """Return the seconds to wait after so many restarts before the next."""
+    return min(2.0 ** min(restarts, 10), MAX_RESTART_DELAY_SECONDS)
 
 
 class BackOff:
     """Longer and longer delays between the starts of something that keeps ending."""
 
     def __init__(self) -> None:
-        self.failures = 0
+        self.restarts = 0
         self.started = time.monotonic()
 
     def start(self) -> None:
         self.started = time.monotonic()
 
     def next_delay(self) -> float:
-        """Return how many seconds to wait before the next start.
-
-        What ran for longer than the longest delay begins with the shortest again.
-        """
+        """Return the seconds to wait; what has run for long begins with the shortest."""
         if time.monotonic() - self.started > MAX_RESTART_DELAY_SECONDS:
-            self.failures = 0
-        self.failures += 1
-        return restart_delay(self.failures - 1)
+            self.restarts = 0
+        self.restarts += 1
+        return restart_delay(self.restarts - 1)
 
 
 def release_memory() -> None:
@@ -808,11 +702,9 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# -------------------------------------------------------------------------------------
-# The accounts of this host
+# == The accounts of this host =============================================================
 #
 # What passwd(5), shadow(5), group(5) and login.defs(5) say, and who may do what.
-# -------------------------------------------------------------------------------------
 
 # The GECOS subfield "other" of the accounts that setup made: only root can change it
 # (chfn(1)), so it is the mark by which `remove` knows what it may delete.
@@ -864,10 +756,7 @@ def is_ordinary(username: str) -> bool:
 
 
 def is_ours(account: pwd.struct_passwd | None) -> bool:
-    """Say whether setup made this account, so that `remove` may delete it.
-
-    Source: passwd(5), GECOS subfields: full name, room, work phone, home phone, other.
-    """
+    """Say whether setup made this account: it bears our mark, passwd(5), GECOS "other"."""
     return (
         account is not None
         and account.pw_gecos.split(",")[4:] == [MARK]
@@ -915,11 +804,9 @@ def identity_of(account: pwd.struct_passwd) -> Identity:
 def acting_as(identity: Identity) -> Iterator[None]:
     """Use the effective ids of a user for the system calls within.
 
-    Ids belong to the whole process, which must have one thread. Real and saved ids stay
-    0. So the user can neither signal nor trace us, and FUSE, which serves only callers
-    whose ids are all the mounter's, refuses us instead of blocking.
-
-    Source: credentials(7).
+    Ids belong to the whole process, which must have one thread. Real and saved ids stay 0.
+    So the user can neither signal nor trace us, and FUSE, which serves only callers whose
+    ids are all the mounter's, refuses us instead of blocking. Source: credentials(7).
     """
     if identity.uid == os.geteuid():
         yield
@@ -939,10 +826,7 @@ def acting_as(identity: Identity) -> Iterator[None]:
 
 
 def drop_privileges(identity: Identity) -> None:
-    """Become a user for good.
-
-    Raises: RuntimeError if anything of root's is left; the process must then end.
-    """
+    """Become a user for good, or raise RuntimeError: then the process must end."""
     os.setgroups(identity.groups)
     os.setresgid(identity.gid, identity.gid, identity.gid)
     os.setresuid(identity.uid, identity.uid, identity.uid)
@@ -956,13 +840,11 @@ def drop_privileges(identity: Identity) -> None:
         raise RuntimeError(f"still has ids {ids} and groups {groups}")
 
 
-# -------------------------------------------------------------------------------------
-# Configuration
+# == Configuration =========================================================================
 #
 # A key of `notebooks.cfg` is a field of `Config`, with its section, its parser and its
 # default: a new key needs a line there, a line in the README, and a use. A parser raises
 # ValueError with what would be right. All that is wrong is told at once.
-# -------------------------------------------------------------------------------------
 
 
 def parse_path(text: str) -> Path:
@@ -1013,16 +895,15 @@ def parse_size(text: str) -> int:
     return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
 
 
-def parse_group(text: str) -> str:
-    if text and not USERNAME.fullmatch(text):
-        raise ValueError("must be a group name: lower-case letters, digits, - and _")
-    return text
+def matching(pattern: str, right: str) -> Callable[[str], str]:
+    """Return a parser of what a regular expression matches, or of nothing."""
 
+    def parse(text: str) -> str:
+        if text and not re.fullmatch(pattern, text):
+            raise ValueError(f"must be {right}")
+        return text
 
-def parse_profile(text: str) -> str:
-    if not re.fullmatch(r"[\w.-]*", text) or text in (".", ".."):
-        raise ValueError("must be the name of an IPython profile, such as `course`")
-    return text
+    return parse
 
 
 def parse_owner(text: str) -> str:
@@ -1040,6 +921,14 @@ def parse_address(text: str) -> str:
     if text.count(":") == 1:
         raise ValueError("must not have a port: that is the key `port`")
     return f"[{text}]" if ":" in text and not text.startswith("[") else text
+
+
+parse_group = matching(
+    USERNAME.pattern, "a group name: lower-case letters, digits, - and _"
+)
+parse_profile = matching(
+    r"(?!\.\.?$)[\w.-]+", "the name of an IPython profile, such as `course`"
+)
 
 
 def setting(section: str, parse: Callable[[str], Any], default: str = "") -> Any:
@@ -1100,10 +989,7 @@ def config_keys() -> dict[str, Mapping[str, Any]]:
 
 
 def read_ini(path: Path) -> configparser.ConfigParser:
-    """Read the file's text.
-
-    Raises: UsageError for a file that is not there, not text or not an INI file.
-    """
+    """Read an INI file; raises UsageError for one that is not there or is none."""
     parser = configparser.ConfigParser(interpolation=None)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -1164,10 +1050,7 @@ def unknown_keys(parser: configparser.ConfigParser) -> Iterator[str]:
 
 
 def parse_value(text: str, parse: Callable[[str], Any], base: Path) -> Any:
-    """Return what a key's text means; paths become relative to `base`.
-
-    Raises: ValueError with what would be right.
-    """
+    """Return what a key's text means, or raise ValueError with what would be right."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         raise ValueError("must be without quotation marks")
     value = parse(text)
@@ -1226,12 +1109,10 @@ def contradictions(config: Config) -> Iterator[str]:
             )
 
 
-# -------------------------------------------------------------------------------------
-# The list of students
+# == The list of students ==================================================================
 #
-# `CsvDocument` is a CSV file of raw cells and knows nothing of students. `Roster` is
-# what a document says of students, with the lock of its file, and changes to it.
-# -------------------------------------------------------------------------------------
+# `CsvDocument` is a CSV file of raw cells and knows nothing of students. `Roster` is what a
+# document says of students, with the lock of its file, and changes to it.
 
 COLUMNS = ("username", "name", "surname", "email", "sys-pass", "nb-pass", "port")
 MAX_PASSWORD_LENGTH = 200  # what chpasswd(8) surely takes
@@ -1251,10 +1132,9 @@ class Record:
 class CsvDocument:
     """A CSV file, held as it was written: only the cells that are set change.
 
-    Raw cells keep their quotes and blanks. So columns of the teacher's own, quoting,
-    line ends, byte-order mark and encoding stay as they are.
-
-    Source: RFC 4180, with comma, semicolon or tab as the delimiter.
+    Raw cells keep their quotes and blanks. So columns of the teacher's own, quoting, line
+    ends, byte-order mark and encoding stay as they are. Source: RFC 4180, with comma,
+    semicolon or tab as the delimiter.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -1296,26 +1176,22 @@ class CsvDocument:
 
 
 def decode_text(data: bytes) -> tuple[bytes, str, str]:
-    """Return the byte-order mark, if any, the encoding that it tells, and the text.
-
-    Without one it is UTF-8, else what Excel writes. Raises: ValueError.
-    """
+    """Return byte-order mark, encoding (Excel's if not UTF-8) and text, or ValueError."""
     for bom, encoding in (
         (codecs.BOM_UTF8, "utf-8"),
         (codecs.BOM_UTF16_LE, "utf-16-le"),
         (codecs.BOM_UTF16_BE, "utf-16-be"),
+        *((b"", encoding) for encoding in ("utf-8", "cp1252", "latin-1")),
     ):
         if data.startswith(bom):
             try:
                 return bom, encoding, data.removeprefix(bom).decode(encoding)
             except UnicodeDecodeError:
-                name = encoding.upper()
-                raise ValueError(f"is no {name} text; save it again") from None
+                if bom:
+                    name = encoding.upper()
+                    raise ValueError(f"is no {name} text; save it again") from None
 
-    for encoding in ("utf-8", "cp1252"):
-        with contextlib.suppress(UnicodeDecodeError):
-            return b"", encoding, data.decode(encoding)
-    return b"", "latin-1", data.decode("latin-1")
+    raise AssertionError("latin-1 decodes anything")
 
 
 def unquote(cell: str) -> str:
@@ -1333,10 +1209,7 @@ def quote(value: str, delimiter: str, always: bool) -> str:
 
 
 def split_records(text: str, delimiter: str) -> Iterator[Record]:
-    """Cut CSV text into records of raw cells; nothing is lost.
-
-    Raises: ValueError for a quote that is never closed, or text after a closing one.
-    """
+    """Cut CSV text into records of raw cells; raises ValueError for a stray quote."""
     cell = rf'("(?:[^"]|"")*"|[^"{delimiter}\r\n][^{delimiter}\r\n]*|)'
     pattern = re.compile(rf"{cell}({delimiter}|\r\n|\n|\r|\Z)")
     position, line, record = 0, 1, Record(1, [], "")
@@ -1399,10 +1272,7 @@ def student_problems(student: Student) -> Iterator[str]:
 
 
 class Roster:
-    """The students of a course, and the file that lists them.
-
-    A command that changes it does so within `locked`, and writes with `save`.
-    """
+    """The students of a course and their file, which is only changed within `locked`."""
 
     def __init__(self, path: Path) -> None:
         """Raises: UsageError for a file that cannot be read as CSV at all."""
@@ -1425,40 +1295,31 @@ class Roster:
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong, with line numbers."""
-        for line, problem in (*self.header_problems(), *self.row_problems()):
-            yield f"{self.path}: line {line}: {problem}"
-
-    def header_problems(self) -> Iterator[tuple[int, str]]:
         header = self.document.header
         if "username" not in header:
             found = ", ".join(f"`{printable(name)}`" for name in header)
             yield (
-                1,
-                "must name the columns, such as username,name,surname, with commas,"
-                f" semicolons or tabs between; found {found}, no `username`",
+                f"{self.path}: line 1: must name the columns, such as username,name,surname"
+                f", with commas, semicolons or tabs between; found {found}, no `username`"
             )
+            return
         for name in COLUMNS:
             if header.count(name) > 1:
-                yield 1, f"the header has more than one column `{name}`"
+                yield f"{self.path}: line 1: the header has more than one column `{name}`"
 
-    def row_problems(self) -> Iterator[tuple[int, str]]:
-        if "username" not in self.document.header:
-            return
-        columns = len(self.document.header)
         first_lines: dict[str, int] = {}
-
         for row, student in zip(self.document.rows, self.students, strict=True):
-            if any(map(unquote, row.cells[columns:])):
+            where = f"{self.path}: line {row.line}"
+            if any(map(unquote, row.cells[len(header) :])):
                 yield (
-                    row.line,
-                    "has more cells than the header has columns; put text that contains"
-                    " the separator in quotation marks",
+                    f"{where}: has more cells than the header has columns; put text that"
+                    " contains the separator in quotation marks"
                 )
             for problem in student_problems(student):
-                yield row.line, problem
+                yield f"{where}: {problem}"
             first = first_lines.setdefault(student.username, row.line)
             if first != row.line:
-                yield row.line, f"the name {student.username!r} is on line {first} too"
+                yield f"{where}: the name {student.username!r} is on line {first} too"
 
     @property
     def students(self) -> list[Student]:
@@ -1497,10 +1358,7 @@ class Roster:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the list against other notebooks.py, and read it again.
-
-        Raises: BusyError if another process holds it.
-        """
+        """Hold the list against other notebooks.py, and read it again; raises BusyError."""
         self.lock_fd = lock_file(self.path)
         try:
             self.load()
@@ -1513,16 +1371,10 @@ class Roster:
             self.lock_fd = -1
 
     def save(self) -> None:
-        """Replace the file by what is held, if that differs, and keep the lock.
-
-        The file is whole at any time. It gets mode 0600, since it holds passwords, and
-        keeps its owner.
-        """
+        """Replace the file, if it differs, by a private one of the same owner."""
         # An editor or a spreadsheet does not ask for our lock.
         if self.path.read_bytes() != self.data:
-            log.warning(
-                "%s was changed meanwhile: what is new there is kept", self.path
-            )
+            log.warning("%s was changed meanwhile: what is new there is kept", self.path)
             changes = self.changes
             self.load()
             for username, values in changes.items():
@@ -1537,10 +1389,6 @@ class Roster:
         self.lock_fd, self.data = fd, data
 
 
-def make_password(length: int) -> str:
-    return "".join(secrets.choice(PASSWORD_ALPHABET) for _ in range(length))
-
-
 @dataclasses.dataclass(frozen=True)
 class Course:
     """What a command works on."""
@@ -1551,10 +1399,7 @@ class Course:
 
 
 def load_course(path: Path, yes: bool) -> Course:
-    """Read the configuration and the list of students.
-
-    Raises: UsageError with everything that is wrong in either; nothing was changed.
-    """
+    """Read both files; raises UsageError with everything that is wrong in either."""
     config, problems = read_config(path)
     try:
         roster = Roster(config.user_list)
@@ -1571,12 +1416,10 @@ def load_course(path: Path, yes: bool) -> Course:
     return Course(config, roster, yes)
 
 
-# -------------------------------------------------------------------------------------
-# Members, and the accounts that setup makes
+# == Members, and the accounts that setup makes ============================================
 #
-# A command looks its members up once. Each `ensure_` function does only what is missing,
-# so that a setup that was interrupted anywhere is finished by the next one.
-# -------------------------------------------------------------------------------------
+# A command looks its members up once. Each `ensure_` function does only what is missing, so
+# that a setup that was interrupted anywhere is finished by the next one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1605,14 +1448,10 @@ class Member:
         return is_ours(self.account)
 
 
-def find_member(student: Student) -> Member | None:
-    account = find_account(student.username)
-    return Member(student, account, identity_of(account)) if account else None
-
-
-def find_members(roster: Roster) -> list[Member]:
-    """Return those of the list who have an account."""
-    return [member for each in roster.students if (member := find_member(each))]
+def find_members(students: Iterable[Student]) -> list[Member]:
+    """Return those who have an account."""
+    accounts = [(each, find_account(each.username)) for each in students]
+    return [Member(each, acc, identity_of(acc)) for each, acc in accounts if acc]
 
 
 def warn_of_strays(course: Course) -> None:
@@ -1629,9 +1468,8 @@ def warn_of_strays(course: Course) -> None:
 def ensure_account(student: Student, group: str) -> str:
     """Make the account unless it exists; return what was done: new, adopted or kept.
 
-    The home is made by `ensure_home`: useradd's own is open to all for a moment.
-
-    Raises: Error if useradd refuses, or a home directory of that name is left over.
+    The home is made by `ensure_home`: useradd's own is open to all for a moment. Raises:
+    Error if useradd refuses, or a home directory of that name is left over.
     """
     account = find_account(student.username)
     if account is None:
@@ -1650,10 +1488,7 @@ def ensure_account(student: Student, group: str) -> str:
 
 
 def add_account(student: Student, group: str) -> None:
-    """Make an account that bears our mark, without a home.
-
-    Raises: Error.
-    """
+    """Make an account that bears our mark, without a home; raises Error."""
     home = Path("/home", student.username)
     if os.path.lexists(home):
         raise Error(f"{home} exists without an account; move it away first")
@@ -1693,9 +1528,8 @@ def set_missing_passwords(students: Iterable[Student]) -> None:
 def ensure_home(account: pwd.struct_passwd) -> None:
     """Make the home of an account of ours, private and whole from its first moment.
 
-    A home that exists is left as it is. Source: useradd(8), the skeleton directory.
-
-    Raises: Error if that is somebody else's.
+    A home that exists is left as it is. Source: useradd(8), the skeleton directory. Raises:
+    Error if that is somebody else's.
     """
     home = Path(account.pw_dir)
     if not is_ours(account) or is_home_of(account):
@@ -1705,7 +1539,7 @@ def ensure_home(account: pwd.struct_passwd) -> None:
 
     # It is built beside its place, of which a setup that was killed leaves a part.
     unfinished = home.with_name(f".{home.name}-new")
-    delete_tree(unfinished)
+    run_deletion("rm", "-rf", "--", str(unfinished))
     unfinished.mkdir(mode=0o700)
     options = ["--recursive", "--no-dereference", "--"]
     if os.path.isdir("/etc/skel"):
@@ -1715,31 +1549,24 @@ def ensure_home(account: pwd.struct_passwd) -> None:
     unfinished.rename(home)
 
 
-def leave_group(username: str, group: str) -> None:
-    if username in group_members(group):
-        run_program(["gpasswd", "--delete", username, group])
-
-
 def remove_empty_group(group: str) -> bool:
     """Delete the group when nobody is in it: groupdel refuses a primary one."""
-    with contextlib.suppress(KeyError, Error):
-        if not grp.getgrnam(group).gr_mem:
+    with contextlib.suppress(Error):  # there is none, perhaps
+        if group and not group_members(group):
             run_program(["groupdel", "--", group])
             return True
     return False
 
 
-# -------------------------------------------------------------------------------------
-# Workers: something for each member
+# == Workers: something for each member ====================================================
 #
-# Effective ids belong to a whole process, so what is done with the ids of several
-# members at once takes several processes. And a student can make a process of ours sleep
-# in the kernel for ever, such as one that wants a directory which a FUSE file system of
-# theirs keeps locked. So a worker shows a sign of life each second; one that shows none
-# for long is given up, and the others go on.
+# Effective ids belong to a whole process, so what is done with the ids of several members
+# at once takes several processes. And a student can make a process of ours sleep in the
+# kernel for ever, such as one that wants a directory which a FUSE file system of theirs
+# keeps locked. So a worker shows a sign of life each second; one that shows none for long
+# is given up, and the others go on.
 #
 # A step for one member returns a value or raises; `Outcome` collects what went wrong.
-# -------------------------------------------------------------------------------------
 
 HEARTBEAT_SECONDS = 1.0
 STUCK_SECONDS = 20.0  # without a sign of life
@@ -1749,19 +1576,16 @@ STUCK = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
 class SignOfLife(Message):
     """The worker is not stuck."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Done(Message):
     """What the work returned: what JSON can express, or a message."""
 
     value: Any
 
 
-@dataclasses.dataclass(frozen=True)
 class Failed(Message):
     """The error in which the work ended; a StuckError if the worker was given up."""
 
@@ -1781,18 +1605,13 @@ class Worker:
         with uninterrupted():
             self.child = Child.fork(lambda channel: work(channel, function, member))
 
-    def fileno(self) -> int:
-        return self.child.channel.fileno()
-
     def is_finished(self) -> bool:
-        """Take what it has sent, and say whether it has ended or been given up.
-
-        Who called us may have taken their time: a sign of life may have waited.
-        """
-        while is_readable(self.fileno()):
+        """Take what it has sent, and say whether it has ended or been given up."""
+        # Our caller may have taken their time: a sign of life may have waited.
+        while is_readable(self.child.channel.fileno()):
             self.heard = time.monotonic()
             try:
-                message, _ = self.child.channel.receive()
+                message, _ = self.child.channel.receive_message()
             except EOFError:
                 self.exit_code = self.child.reap()
                 return True
@@ -1806,10 +1625,7 @@ class Worker:
         return True
 
     def result(self) -> Any:
-        """Return what the work returned.
-
-        Raises: Error if it failed, StuckError if it was given up.
-        """
+        """Return what the work returned, or raise the Error in which it ended."""
         match self.answer:
             case Done(value):
                 return value
@@ -1820,10 +1636,7 @@ class Worker:
 
 
 def work(channel: Channel, function: Callable[[Member], Any], member: Member) -> None:
-    """Do the work and send its result, and until then a sign of life each second.
-
-    Runs as: root, in a child, with Ctrl-C and SIGTERM still held back.
-    """
+    """Do the work, with a sign of life each second; at first interrupts are held back."""
 
     def handle_interrupt(*_: object) -> NoReturn:
         for number in INTERRUPTS:  # a second one must not interrupt the cleaning up
@@ -1833,7 +1646,7 @@ def work(channel: Channel, function: Callable[[Member], Any], member: Member) ->
     def handle_alarm(*_: object) -> None:
         # A command that is suspended reads nothing for a while, and loses nothing.
         with contextlib.suppress(BlockingIOError):
-            channel.send(SignOfLife(), wait=False)
+            channel.send_message(SignOfLife(), wait=False)
 
     for number in INTERRUPTS:
         signal.signal(number, handle_interrupt)
@@ -1849,7 +1662,7 @@ def work(channel: Channel, function: Callable[[Member], Any], member: Member) ->
 
     signal.setitimer(signal.ITIMER_REAL, 0)
     with contextlib.suppress(BrokenPipeError):  # the command was killed
-        channel.send(answer)
+        channel.send_message(answer)
 
 
 def run_workers(
@@ -1862,10 +1675,13 @@ def run_workers(
         while waiting or workers:
             while waiting and len(workers) < (os.cpu_count() or 1):
                 workers.append(Worker(function, waiting.pop()))
-            select.select(workers, [], [], HEARTBEAT_SECONDS)
-            for worker in [each for each in workers if each.is_finished()]:
-                workers.remove(worker)
-                yield worker
+            channels = [worker.child.channel for worker in workers]
+            select.select(channels, [], [], HEARTBEAT_SECONDS)
+
+            for worker in list(workers):
+                if worker.is_finished():
+                    workers.remove(worker)
+                    yield worker
     finally:
         # We were interrupted. The others clean up, such as half a copied file.
         for worker in workers:
@@ -1875,8 +1691,8 @@ def run_workers(
 class Outcome:
     """Collects what a command did for each student, and says it.
 
-    A line per student goes to standard output unless that is a terminal, which shows a
-    bar; failures always go to standard error.
+    A line per student goes to standard output unless that is a terminal, which shows a bar;
+    failures always go to standard error.
     """
 
     def __init__(self) -> None:
@@ -1899,19 +1715,11 @@ class Outcome:
             self.failed(username, explain(error))
 
     def each(
-        self,
-        function: Callable[[Member], Value],
-        members: Sequence[Member],
-        label: str = "",
+        self, function: Callable[[Member], Value], members: Sequence[Member], label: str
     ) -> Iterator[tuple[Member, Value]]:
-        """Have workers do something; yield the members with whom it worked, and how.
-
-        What went wrong is collected. A label has a bar shown.
-        """
-        workers: Iterable[Worker] = run_workers(function, members)
-        if label:
-            workers = progress(workers, len(members), label)
-        for worker in workers:
+        """Have workers do something; yield with whom it worked, and collect the rest."""
+        workers = run_workers(function, members)
+        for worker in progress(workers, len(members), label):
             try:
                 value = worker.result()
             except Error as error:
@@ -1921,7 +1729,7 @@ class Outcome:
 
     def members(self, roster: Roster) -> list[Member]:
         """Return those of the list who have an account; the others fail."""
-        members = find_members(roster)
+        members = find_members(roster.students)
         present = {member.username for member in members}
         for student in roster.students:
             if student.username not in present:
@@ -1941,12 +1749,22 @@ class Outcome:
         return 1 if self.failures else 0
 
 
+def steps_to(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield the directories on the way to each file, from the root on, and the file."""
+    for path in paths:
+        yield from (*reversed(path.parents), path)
+
+
+def is_closed_to_us(path: Path) -> bool:
+    need = os.X_OK if path.is_dir() else os.R_OK
+    return not os.access(path, need, effective_ids=True)
+
+
 def check_reachable() -> None:
     """Refuse to go on with software that students cannot execute and read.
 
-    Their kernels are executed with this interpreter and its libraries, as them.
-
-    Raises: UsageError that names the first file or directory in the way.
+    Their kernels are executed with this interpreter and its libraries, as them. Raises:
+    UsageError that names the first file or directory in the way.
     """
     specs = map(importlib.util.find_spec, ("notebook", "ipykernel", "zmq"))
     origins = [spec.origin for spec in specs if spec and spec.origin]
@@ -1960,23 +1778,20 @@ def check_reachable() -> None:
     targets = [sys.executable, os.__file__, shutil.__file__, *origins]
     paths = [Path(each) for each in (*targets, *map(os.path.realpath, targets))]
     with acting_as(identity_of(pwd.getpwnam("nobody"))):
-        for step in (step for path in paths for step in (*path.parents[::-1], path)):
-            need = os.X_OK if step.is_dir() else os.R_OK
-            if not os.access(step, need, effective_ids=True):
-                raise UsageError(
-                    f"students cannot execute {sys.executable}: {step} is closed to"
-                    " them; install notebooks.py where everyone may read, as `sudo"
-                    " make install` does (into /opt/notebooks), and run that"
-                )
+        closed = next(filter(is_closed_to_us, steps_to(paths)), None)
+    if closed:
+        raise UsageError(
+            f"students cannot execute {sys.executable}: {closed} is closed to them;"
+            " install notebooks.py where everyone may read, as `sudo make install` does"
+            " (into /opt/notebooks), and run that"
+        )
 
 
-# -------------------------------------------------------------------------------------
-# Copying trees
+# == Copying trees =========================================================================
 #
 # One recursive copy serves `send`, `retrieve` and the IPython profile. It reads with the
 # ids of one user and writes with those of another, so nobody gains anything by putting a
 # link, a FIFO or somebody else's file in its way.
-# -------------------------------------------------------------------------------------
 
 MAX_ENTRIES = 100_000  # of a directory of a student's that is tidied up
 MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
@@ -1990,13 +1805,15 @@ DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK a FIFO, or a file with a lease on it (fcntl(2)), would hold us up.
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 TEMPORARY_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# Stands in for a destination that does not exist (dry run): every open below it fails with
+# ENOTDIR.
+NOWHERE = os.devnull
 # What copy_file_range(2) says where it does not work, and a full disk (write(2)).
 NOT_SHARED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-@dataclasses.dataclass
-class CopyReport(Message):
+class CopyReport(Message, frozen=False):
     """What a copy did, in numbers of files, and the first things that went wrong."""
 
     new: int = 0
@@ -2026,9 +1843,7 @@ class CopyReport(Message):
         if self.failed:
             problems.append(f"{self.failed} not copied, first {self.first_failure}")
         if self.over_limit:
-            problems.append(
-                f"more than retrieve_limit: {self.over_limit!r} is left out"
-            )
+            problems.append(f"more than retrieve_limit: {self.over_limit!r} is left out")
         return "; ".join(problems)
 
     def __str__(self) -> str:
@@ -2045,9 +1860,8 @@ def open_directory(
 ) -> int:
     """Return a descriptor of a directory below `start`, through no symbolic link.
 
-    Runs as: `identity`, with which missing directories are made too.
-
-    Raises: Error that names the directory which is missing, a link or not accessible.
+    Runs as: `identity`, with which missing directories are made too. Raises: Error that
+    names the directory which is missing, a link or not accessible.
     """
     path = start
     with acting_as(identity):
@@ -2060,6 +1874,7 @@ def open_directory(
                         with contextlib.suppress(FileExistsError):
                             os.mkdir(part, 0o700, dir_fd=parent_fd)
                     fd = os.open(part, DIRECTORY_FLAGS, dir_fd=parent_fd)
+
         except NotADirectoryError:
             raise Error(
                 f"{str(path)!r} is a link or a file, not a directory: not followed"
@@ -2072,10 +1887,10 @@ def open_directory(
 def copy_data(source_fd: int, destination_fd: int, size: int) -> int:
     """Copy up to `size` bytes in the kernel and return how many there were.
 
-    copy_file_range(2) shares extents where the file system can; sendfile(2) works
-    between any two.
+    copy_file_range(2) shares extents where it can; sendfile(2) works between any files.
     """
     copied, count, sharing = 0, 1, True
+
     while count and copied < size:
         wanted = min(size - copied, COPY_CHUNK_BYTES)
         try:
@@ -2150,7 +1965,7 @@ class TreeCopy:
     reader: Identity
     writer: Identity
     backup: bool = False  # keep what differs and is overwritten as `name.~1~` and so on
-    limit: int | None = None  # in bytes; each file counts ENTRY_BYTES at least
+    limit: int = sys.maxsize  # in bytes; each file counts ENTRY_BYTES at least
     wanted: Callable[[Path], bool] = lambda path: True  # of relative paths
     dry_run: bool = False  # only count
     report: CopyReport = dataclasses.field(default_factory=CopyReport)
@@ -2165,9 +1980,8 @@ class TreeCopy:
     ) -> CopyReport:
         """Copy what is in one directory into another, which is made if it is missing.
 
-        `*_parts` lie below a trusted directory and are opened with O_NOFOLLOW.
-
-        Raises: Error if one cannot be opened, or the destination can take no more.
+        `*_parts` lie below a trusted directory and are opened with O_NOFOLLOW. Raises:
+        Error if one cannot be opened, or the destination can take no more.
         """
         with (
             closing(open_directory(source, source_parts, self.reader)) as source_fd,
@@ -2184,27 +1998,15 @@ class TreeCopy:
         except Error:
             if create:
                 raise
-            return self.open_nowhere()
+            return os.open(NOWHERE, os.O_PATH | os.O_CLOEXEC)
 
-    def open_nowhere(self) -> int:
-        """Return what stands in for a destination that does not exist in a dry run.
-
-        Every open below it fails with ENOTDIR.
-        """
-        return os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
-
-    def charge(self, size: int) -> bool:
-        """Take from the limit and say whether that was possible."""
-        if self.limit is None:
-            return True
+    def charge(self, size: int, path: Path) -> bool:
+        """Take from the limit, or remember the first path for which it does not do."""
         if size > self.limit:
+            self.report.over_limit = self.report.over_limit or str(path)
             return False
         self.limit -= size
         return True
-
-    def leave_out(self, path: Path) -> None:
-        """Remember the first path that is over the limit."""
-        self.report.over_limit = self.report.over_limit or str(path)
 
     def copy_directory(self, source_fd: int, destination_fd: int, path: Path) -> None:
         if not self.dry_run:
@@ -2215,8 +2017,7 @@ class TreeCopy:
                 inner = path / entry.name
                 if entry.name.startswith(PART_PREFIX) or not self.wanted(inner):
                     continue
-                if not self.charge(ENTRY_BYTES):
-                    self.leave_out(path / "...")
+                if not self.charge(ENTRY_BYTES, path / "..."):
                     return
                 try:
                     self.copy_entry(entry, source_fd, destination_fd, inner)
@@ -2256,9 +2057,7 @@ class TreeCopy:
                 self.enter_directory(item)
             elif not stat.S_ISREG(mode):
                 self.report.skipped += 1
-            elif not self.charge(max(size - ENTRY_BYTES, 0)):
-                self.leave_out(path)
-            else:
+            elif self.charge(max(size - ENTRY_BYTES, 0), path):
                 self.copy_file(item)
 
     def enter_directory(self, item: Item) -> None:
@@ -2279,7 +2078,7 @@ class TreeCopy:
             return os.open(name, DIRECTORY_FLAGS, dir_fd=directory_fd)
         except (FileNotFoundError, NotADirectoryError) as error:
             if self.dry_run:
-                return self.open_nowhere()
+                return os.open(NOWHERE, os.O_PATH | os.O_CLOEXEC)
             if isinstance(error, NotADirectoryError):  # links too
                 self.move_aside(item)
         os.mkdir(name, 0o700, dir_fd=directory_fd)
@@ -2295,8 +2094,8 @@ class TreeCopy:
     def compare(self, item: Item) -> str:
         """Say what a file is to the destination: new, updated, unchanged or blocked.
 
-        A file with another's size and modification time, to the nanosecond, is taken to
-        be unchanged. Blocked: a directory is in its place. Runs as: the writer.
+        A file with another's size and modification time, to the nanosecond, is taken to be
+        unchanged. Blocked: a directory is in its place. Runs as: the writer.
         """
         try:
             old_fd = os.open(item.name, FILE_FLAGS, dir_fd=item.destination_fd)
@@ -2315,10 +2114,7 @@ class TreeCopy:
             return "unchanged" if same else "updated"
 
     def copy_file(self, item: Item) -> None:
-        """Copy one regular file unless the destination has the same already.
-
-        Runs as: the writer, so that the data count for their quota.
-        """
+        """As the writer, whose quota counts, copy a file unless the destination has it."""
         with acting_as(self.writer):
             change = self.compare(item)
             if change != "unchanged" and not self.dry_run:
@@ -2331,6 +2127,7 @@ class TreeCopy:
         name, info, directory_fd = item.name, item.info, item.destination_fd
         temporary = PART_PREFIX + secrets.token_hex(8)
         new_fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd)
+
         with closing(new_fd):
             try:
                 self.report.copied_bytes += copy_data(item.fd, new_fd, info.st_size)
@@ -2338,9 +2135,7 @@ class TreeCopy:
                 os.utime(new_fd, ns=(info.st_mtime_ns, info.st_mtime_ns))
                 if aside:
                     self.move_aside(item)
-                os.rename(
-                    temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd
-                )
+                os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
             except BaseException:
                 os.unlink(temporary, dir_fd=directory_fd)
                 raise
@@ -2352,14 +2147,12 @@ def is_profile_file(path: Path) -> bool:
     return python or path == Path("startup")
 
 
-# -------------------------------------------------------------------------------------
-# Runtime directories
+# == Runtime directories ===================================================================
 #
 # Servers and kernels keep their connection files and sockets in a private directory of
-# their student's, below one of root's that is gone when nobody has one in it. The paths
-# are short: that of a kernel's unix socket must fit into 107 bytes (unix(7)). They are
-# not in /run, which is small: the whole system fails when a student has filled it.
-# -------------------------------------------------------------------------------------
+# their student's, below one of root's that is gone when nobody has one in it. The paths are
+# short: that of a kernel's unix socket must fit into 107 bytes (unix(7)). They are not in
+# /run, which is small: the whole system fails when a student has filled it.
 
 RUNTIME_DIR = Path("/var/lib/notebooks")
 CONFIG_DIR = RUNTIME_DIR / "config"  # root's, where servers look for configuration
@@ -2373,8 +2166,8 @@ def runtime_dir_of(account: pwd.struct_passwd) -> Path:
 def ensure_config_dir() -> None:
     """Make the directories of root's that all servers need.
 
-    Others may pass through the upper one but not list it: who can read a directory can
-    keep it locked, and root waiting for it.
+    Others may pass through the upper one but not list it: who can read a directory can keep
+    it locked, and root waiting for it.
     """
     CONFIG_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
     RUNTIME_DIR.chmod(0o711)
@@ -2394,12 +2187,11 @@ def ensure_runtime_dir(account: pwd.struct_passwd) -> None:
 
 
 def clear_runtime_dir(member: Member) -> None:
-    """Remove what servers and kernels of a member's have left.
-
-    Runs as: root, with the member's ids for all that is in the directory.
-    """
+    """Remove, with the member's ids, what their servers and kernels have left."""
     directory = runtime_dir_of(member.account)
     with contextlib.suppress(FileNotFoundError):
+        with acting_as(member.identity):
+            directory.chmod(0o700)  # its owner may have closed it
         with acting_as(member.identity), os.scandir(directory) as entries:
             for entry in itertools.islice(entries, MAX_ENTRIES):
                 with contextlib.suppress(OSError):  # a directory: not a kernel's
@@ -2430,26 +2222,24 @@ def clear_empty_runtime_dir() -> None:
     clear_rehearsal_homes()
     with contextlib.suppress(FileNotFoundError):
         if os.listdir(RUNTIME_DIR) == [CONFIG_DIR.name]:
-            delete_tree(RUNTIME_DIR)
+            run_deletion("rm", "-rf", "--", str(RUNTIME_DIR))
 
 
-# -------------------------------------------------------------------------------------
-# Ending processes, and accounts
+# == Ending processes, and accounts ========================================================
 #
 # `shutdown` ends Jupyter's processes of a student and their descendants, and spares what
-# else the student runs. `remove` ends everything, and then nothing can come back.
-# Students may fork without end, stop whatever has their uid, and keep root waiting when
-# it looks at them.
-# -------------------------------------------------------------------------------------
+# else the student runs. `remove` ends everything, and then nothing can come back. Students
+# may fork without end, stop whatever has their uid, and keep root waiting when it looks at
+# them.
 
 SERVER_TITLE = "notebooks.py: notebook server of "  # what ps shows
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 10.0  # how long processes that keep forking are fought
 MAX_ARGV_BYTES = 1 << 14
 
-# Matches a NUL-separated command line that starts Jupyter, directly or as a Python
-# script or module. Our own servers are recognized by their title, and kernels of other
-# languages by CONNECTION_FILE.
+# Matches a NUL-separated command line that starts Jupyter, directly or as a Python script
+# or module. Our own servers are recognized by their title, and kernels of other languages
+# by CONNECTION_FILE.
 JUPYTER = re.compile(
     r"(([^\0]*/)?python[\d.]*\0(-[^\0]*\0)*)?([^\0]*/)?"
     r"(jupyter[-\0](notebook|lab|server|nbclassic|kernel)|notebook|jupyterlab"
@@ -2466,10 +2256,7 @@ IPC_KINDS = {"shm": "--shmem-id", "msg": "--queue-id", "sem": "--semaphore-id"}
 
 
 def read_argv(pid: int) -> list[str]:
-    """Return the beginning of a process's command line, or nothing.
-
-    A process can make it gigabytes long. Source: proc(5), /proc/PID/cmdline.
-    """
+    """Return the beginning of a command line, which may be gigabytes long: proc(5)."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb", 0) as file:
         data = file.read(MAX_ARGV_BYTES)
         return data.rstrip(b"\0").decode(errors="replace").split("\0")
@@ -2477,10 +2264,7 @@ def read_argv(pid: int) -> list[str]:
 
 
 def read_name(pid: int) -> str:
-    """Return the beginning of a process's title, or nothing.
-
-    It can be read without its memory. Source: proc(5), /proc/PID/comm: 15 bytes.
-    """
+    """Return 15 bytes of a process's title, for which nobody needs its memory: proc(5)."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_bytes()[:-1].decode(errors="replace")
     return ""
@@ -2499,9 +2283,8 @@ def is_jupyter(argv: Sequence[str]) -> bool:
 def read_status(pid: int) -> tuple[int, bool]:
     """Return the real uid of a process and whether it is alive.
 
-    A process whose first thread is dead may have others that live.
-
-    Source: proc(5), /proc/PID/status. Raises: ProcessLookupError.
+    A process whose first thread is dead may have others that live. Source: proc(5),
+    /proc/PID/status. Raises: ProcessLookupError.
     """
     try:
         text = Path(f"/proc/{pid}/status").read_text(errors="replace")
@@ -2527,13 +2310,13 @@ def processes_by_uid(uids: Iterable[int]) -> dict[int, list[psutil.Process]]:
 def find_roots(processes: Iterable[psutil.Process]) -> list[int]:
     """Return the pids of notebook servers and kernels, whoever started them.
 
-    To read a command line takes a lock on the process's memory, which a student can
-    keep for ever, as in an mmap(2) of a file in a FUSE file system of theirs.
-
-    Raises: StuckError if to look at them all takes too long.
+    To read a command line takes a lock on the process's memory, which a student can keep
+    for ever, as in an mmap(2) of a file in a FUSE file system of theirs. Raises: StuckError
+    if to look at them all takes too long.
     """
     deadline = time.monotonic() + STUCK_SECONDS
     roots = []
+
     for process in processes:
         if time.monotonic() > deadline:
             raise StuckError(STUCK)
@@ -2542,14 +2325,12 @@ def find_roots(processes: Iterable[psutil.Process]) -> list[int]:
     return roots
 
 
-def family_of(
-    processes: Iterable[psutil.Process], known: set[int]
-) -> list[psutil.Process]:
+def family_of(processes: Iterable[psutil.Process], known: set[int]) -> list[psutil.Process]:
     """Return those of one user's processes that are known, and their relatives.
 
-    Relatives are descendants of a known process, and processes in a session that it
-    leads. An ssh login or tmux leads its own session and is spared. Pids that are found
-    join `known`, so they are recognized after their parent has died.
+    Relatives are descendants of a known process, and processes in a session that it leads.
+    An ssh login or tmux leads its own session and is spared. Pids that are found join
+    `known`, so they are recognized after their parent has died.
     """
     relatives: dict[psutil.Process, set[int]] = {}
     for process in processes:
@@ -2570,16 +2351,16 @@ def family_of(
 
 def signal_process(pid: int, uid: int, number: int) -> None:
     """Send a signal to a process if it runs under that uid, and to no other."""
-    with contextlib.suppress(ProcessLookupError), Process.open(pid) as process:
+    with (
+        contextlib.suppress(ProcessLookupError),
+        contextlib.closing(Process(pid)) as process,
+    ):
         if read_status(pid)[0] == uid:
             process.send_signal(number)
 
 
 def kill_everything(account: pwd.struct_passwd) -> None:
-    """Kill every process of a user, also those that fork faster than anyone can look.
-
-    Raises: Error if some remain.
-    """
+    """Kill all processes of a user, even those that fork all the time; raises Error."""
     identity = identity_of(account)
     deadline = time.monotonic() + KILL_SECONDS
     while True:
@@ -2601,8 +2382,7 @@ def kill_everything(account: pwd.struct_passwd) -> None:
 def kill_all_at_once(identity: Identity) -> bool:
     """Let the kernel kill all processes of a user in one step, and say if it did.
 
-    A child becomes the user: kill(2) with pid -1 then reaches all of theirs, spares
-    only the caller, and no fork escapes it.
+    A child becomes the user: kill(2) with pid -1 then spares only the caller.
     """
 
     def become_the_user_and_kill() -> None:
@@ -2611,20 +2391,18 @@ def kill_all_at_once(identity: Identity) -> bool:
 
     pid = fork_process(become_the_user_and_kill)
     _, wait_status = os.waitpid(pid, os.WUNTRACED)
-    # The user's processes may stop or kill the child before it comes to that. They
-    # cannot take anything from it: without an exec it is not dumpable (prctl(2)).
+    # The user's processes may stop or kill the child before it comes to that. They cannot
+    # take anything from it: without an exec it is not dumpable (prctl(2)).
     if os.WIFSTOPPED(wait_status):
         os.kill(pid, signal.SIGKILL)
         _, wait_status = os.waitpid(pid, 0)
     return wait_status == 0
 
 
-def stop_jupyter(members: Sequence[Member], outcome: Outcome) -> None:
-    """End the Jupyter processes of all these members at once.
-
-    If a student's processes cannot be inspected, all of them are killed when setup made
-    the account. For an adopted account, only processes titled as our server.
-    """
+def look_for_jupyter(
+    members: Sequence[Member], outcome: Outcome
+) -> tuple[dict[int, set[int]], list[Member]]:
+    """Return the pids of Jupyter's processes by uid, and who cannot be looked at."""
     running = processes_by_uid({member.uid for member in members})
     busy = [member for member in members if running[member.uid]]
     known: dict[int, set[int]] = {member.uid: set() for member in members}
@@ -2637,7 +2415,16 @@ def stop_jupyter(members: Sequence[Member], outcome: Outcome) -> None:
                 known[member.uid] |= set(worker.result())
             except StuckError:
                 hidden.append(member)
+    return known, hidden
 
+
+def stop_jupyter(members: Sequence[Member], outcome: Outcome) -> None:
+    """End the Jupyter processes of all these members at once.
+
+    If a student's processes cannot be inspected, all of them are killed when setup made the
+    account. For an adopted account, only processes titled as our server.
+    """
+    known, hidden = look_for_jupyter(members, outcome)
     left = end_families(known)
     for member in members:
         if left[member.uid]:
@@ -2654,9 +2441,8 @@ def stop_jupyter(members: Sequence[Member], outcome: Outcome) -> None:
 def end_families(known: dict[int, set[int]]) -> dict[int, int]:
     """End processes that are known, by the uid they run under, and their families.
 
-    They get SIGTERM, a grace period, then SIGKILL for as long as new ones appear.
-
-    Returns: for each uid how many are left: 0, unless its processes keep forking.
+    They get SIGTERM, a grace period, then SIGKILL for as long as new ones appear. Returns:
+    for each uid how many are left: 0, unless its processes keep forking.
     """
 
     def find_families() -> dict[int, list[psutil.Process]]:
@@ -2683,15 +2469,10 @@ def end_families(known: dict[int, set[int]]) -> dict[int, int]:
 
 
 def end_account(account: pwd.struct_passwd) -> None:
-    """End all that an account of ours runs, whatever its processes do, for good.
-
-    Raises: Error if processes or mounts are in the way.
-    """
+    """End all that an account of ours runs, for good; raises Error if that fails."""
     for _, mount, *_ in psutil.disk_partitions(all=True):
         if Path(account.pw_dir) in Path(mount).parents:  # userdel would empty it
-            raise Error(
-                f"something is mounted at {mount!r}; umount it, then remove again"
-            )
+            raise Error(f"something is mounted at {mount!r}; umount it, then remove again")
 
     # Closed first, so that neither ssh nor cron start anything new.
     run_program(["usermod", "--expiredate", "1", "--", account.pw_name])
@@ -2702,19 +2483,18 @@ def end_account(account: pwd.struct_passwd) -> None:
 def remove_account(account: pwd.struct_passwd) -> None:
     """Delete an account of ours that was ended, and its home.
 
-    Runs as: root, since others may own what lies in the home. Nothing of the account's
-    runs any more, and find(1) and rm(1) follow no link.
-
-    Raises: Error; what is left can be removed by the same call again.
+    Runs as: root, since others may own what lies in the home. Nothing of the account's runs
+    any more, and find(1) and rm(1) follow no link. Raises: Error; what is left can be
+    removed by the same call again.
     """
-    delete_tree(runtime_dir_of(account))
+    run_deletion("rm", "-rf", "--one-file-system", "--", str(runtime_dir_of(account)))
     clear_empty_runtime_dir()
 
     home = []
     if is_home_of(account) and not os.path.islink(account.pw_dir):
         home = ["--remove"]
         # userdel cannot remove directories that are nested a thousand deep.
-        delete_found(account.pw_dir, "-mindepth", "1")
+        run_deletion("find", account.pw_dir, "-xdev", "-mindepth", "1", "-delete")
     try:
         run_program(["userdel", *home, "--", account.pw_name])
     except Error:
@@ -2723,16 +2503,11 @@ def remove_account(account: pwd.struct_passwd) -> None:
             raise
 
     if os.path.lexists(account.pw_dir):
-        raise Error(
-            f"the account is gone, but {account.pw_dir} was not theirs and stays"
-        )
+        raise Error(f"the account is gone, but {account.pw_dir} was not theirs and stays")
 
 
 def delete_public_files(uids: Collection[int]) -> None:
-    """Delete these users' files in world-writable directories, and their IPC objects.
-
-    useradd may give their uids to somebody else.
-    """
+    """Delete these users' public files and IPC objects: others may get their uids."""
     if not uids:
         return
 
@@ -2740,7 +2515,7 @@ def delete_public_files(uids: Collection[int]) -> None:
     for directory in PUBLIC_DIRS:
         if os.path.isdir(directory):
             with contextlib.suppress(Error):  # a directory that has files of others
-                delete_found(directory, "(", *owned, ")")
+                run_deletion("find", directory, "-xdev", "(", *owned, ")", "-delete")
 
     for kind, option in IPC_KINDS.items():
         lines = Path("/proc/sysvipc", kind).read_text().splitlines()
@@ -2752,12 +2527,10 @@ def delete_public_files(uids: Collection[int]) -> None:
                     run_program(["ipcrm", option, line.split()[1]])
 
 
-# -------------------------------------------------------------------------------------
-# Certificate
+# == Certificate ===========================================================================
 #
-# TLS everywhere. Without a certificate of the teacher's, one is made for this host's
-# names and addresses, and kept beside the configuration file.
-# -------------------------------------------------------------------------------------
+# TLS everywhere. Without a certificate of the teacher's, one is made for this host's names
+# and addresses, and kept beside the configuration file.
 
 CERTIFICATE_NAME = "notebooks.pem"
 CERTIFICATE_DAYS = 397  # browsers refuse much longer ones
@@ -2774,10 +2547,7 @@ class Certificate(NamedTuple):
     key_file: Path
 
     def context(self) -> ssl.SSLContext:
-        """Return a TLS server's context.
-
-        Raises: UsageError that says what is wrong with the files.
-        """
+        """Return a TLS server's context; raises UsageError that says what is wrong."""
         try:
             cert_text, key_text = (path.read_text("latin-1") for path in self)
         except OSError as error:
@@ -2818,10 +2588,7 @@ class Certificate(NamedTuple):
         return True
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 fingerprint that browsers show, of the first in the file.
-
-        Raises: UsageError if there is none.
-        """
+        """Return the SHA-256 fingerprint that browsers show, or raise UsageError."""
         match = PEM_CERTIFICATE.search(self.cert_file.read_text("latin-1"))
         if not match:
             raise UsageError(f"{self.cert_file}: there is no certificate in it")
@@ -2829,38 +2596,39 @@ class Certificate(NamedTuple):
         return digest.digest().hex(":").upper()
 
 
-def host_names(config: Config) -> list[str]:
-    """Return this host's names and addresses, as `subjectAltName` wants them.
+def stable_ipv6_addresses() -> Iterator[str]:
+    """Yield this host's IPv6 addresses but link-local and temporary ones, which change.
 
-    Left out are IPv6 addresses that change by themselves: link-local and temporary.
     Source: /proc/net/if_inet6 (scope in column 4, flags in 5; 0x01 is IFA_F_TEMPORARY).
     """
-    addresses = {"127.0.0.1", "::1"}
-    for entries in psutil.net_if_addrs().values():
-        addresses |= {each.address for each in entries if each.family == socket.AF_INET}
     with contextlib.suppress(OSError):  # there is no such file without IPv6
         for line in Path("/proc/net/if_inet6").read_text().splitlines():
             number, _, _, scope, flags, *_ = line.split()
             if scope == "00" and not int(flags, 16) & 1:
-                addresses.add(str(ipaddress.IPv6Address(int(number, 16))))
+                yield str(ipaddress.IPv6Address(int(number, 16)))
 
+
+def host_names(config: Config) -> list[str]:
+    """Return this host's names and addresses, as `subjectAltName` wants them."""
+    entries = itertools.chain(*psutil.net_if_addrs().values())
+    addresses = {each.address for each in entries if each.family == socket.AF_INET}
+    addresses |= {"127.0.0.1", "::1", *stable_ipv6_addresses()}
     names = {socket.gethostname(), socket.getfqdn(), "localhost"}
+
     address = config.server_address.strip("[]").replace("{username}", "*")
     if address:
         try:
             addresses.add(str(ipaddress.ip_address(address)))
         except ValueError:
             names |= {address, address.removeprefix("*.")}
-    return [f"DNS:{name}" for name in sorted(names)] + [
-        f"IP:{address}" for address in sorted(addresses)
+    return [
+        *(f"DNS:{name}" for name in sorted(names)),
+        *(f"IP:{address}" for address in sorted(addresses)),
     ]
 
 
 def make_certificate(path: Path, names: Sequence[str]) -> None:
-    """Write a self-signed certificate and its key into one file of mode 0600.
-
-    Its first line, which TLS libraries skip, tells the names.
-    """
+    """Write a self-signed certificate, its key, and its names in the first line."""
     extension = f"subjectAltName={','.join(names)}"
     pem = run_program(
         ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-sha256"]
@@ -2872,10 +2640,7 @@ def make_certificate(path: Path, names: Sequence[str]) -> None:
 
 
 def ensure_certificate(config: Config) -> Certificate:
-    """Return the configured certificate, or our own.
-
-    Raises: UsageError if it cannot be used.
-    """
+    """Return the configured certificate, or our own; raises UsageError."""
     if not config.cert_file:
         return ensure_own_certificate(config)
 
@@ -2892,10 +2657,7 @@ def ensure_certificate(config: Config) -> Certificate:
 
 
 def ensure_own_certificate(config: Config) -> Certificate:
-    """Return our own certificate, a new one where it has to be.
-
-    Raises: UsageError if there is another in its place, which is left alone.
-    """
+    """Return our own certificate, or raise UsageError if somebody else's is there."""
     path = config.path.parent / CERTIFICATE_NAME
     certificate, names = Certificate(path, path), host_names(config)
     if not path.exists():
@@ -2925,14 +2687,12 @@ def ensure_own_certificate(config: Config) -> Certificate:
     return certificate
 
 
-# -------------------------------------------------------------------------------------
-# Launch 1: the notebook server of a student
+# == Launch 1: the notebook server of a student ============================================
 #
-# All of this runs in a fork of the template process, which becomes the student before
-# it reads anything of theirs. The fork holds the certificate's key. The student cannot
-# trace it or read its memory, since it changed its ids without an exec; so no code of
-# the student's may ever run in it: no configuration, no extension, no template.
-# -------------------------------------------------------------------------------------
+# All of this runs in a fork of the template process, which becomes the student before it
+# reads anything of theirs. The fork holds the certificate's key. The student cannot trace
+# it or read its memory, since it changed its ids without an exec; so no code of the
+# student's may ever run in it: no configuration, no extension, no template.
 
 SERVER_LOG = ".notebooks.log"  # in the student's home
 IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
@@ -2942,10 +2702,8 @@ OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score
 
 # Where keyctl(2) joins a session keyring, by processor: <asm/unistd.h>.
 KEYCTL_JOIN_SESSION_KEYRING = 1
-SYS_KEYCTL = {
-    **{"x86_64": 250, "i386": 288, "aarch64": 219, "riscv64": 219, "loongarch64": 219},
-    **{"arm": 311, "powerpc64le": 271, "s390x": 280, "mips64el": 5241},
-}
+SYS_KEYCTL = {"x86_64": 250, "i386": 288, "arm": 311, "powerpc64le": 271, "s390x": 280}
+SYS_KEYCTL |= {"mips64el": 5241, "aarch64": 219, "riscv64": 219, "loongarch64": 219}
 
 # What the menu *Save and export as* offers.
 EXPORTS = (
@@ -2955,12 +2713,11 @@ EXPORTS = (
 EXPORT_SECONDS = 120.0
 
 
-@dataclasses.dataclass(frozen=True)
 class ServerOrder(Message):
     """All that a student's server is told.
 
-    `password` is a hash in Jupyter's format. Comes with the listening socket and with
-    the terminal on which the launcher watches the start.
+    `password` is a hash in Jupyter's format. Comes with the listening socket and with the
+    terminal on which the launcher watches the start.
     """
 
     username: str
@@ -2976,11 +2733,8 @@ class ServerOrder(Message):
 
 
 def hash_password(password: str) -> str:
-    """Return a salted hash as jupyter_server checks it.
-
-    Source: jupyter_server.auth.security, format algorithm:salt:digest of password and
-    salt. One round is enough for 70 random bits that never touch a disk.
-    """
+    """Return a salted hash as jupyter_server.auth.security checks it."""
+    # One round is enough for 70 random bits that never touch a disk.
     salt = secrets.token_hex(8)
     digest = hashlib.sha256(password.encode() + salt.encode()).hexdigest()
     return f"sha256:{salt}:{digest}"
@@ -3055,9 +2809,9 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "cull_inactive_timeout": order.idle_seconds,
             "cull_interval": CULL_SECONDS,
         },
-        # Which notebooks are trusted is only remembered while the server runs: SQLite
-        # would run what a database in the home says, and to find the directory
-        # nbformat executes the configuration there.
+        # Which notebooks are trusted is only remembered while the server runs: SQLite would
+        # run what a database in the home says, and to find the directory nbformat executes
+        # the configuration there.
         NotebookNotary={
             "data_dir": "",
             "db_file": ":memory:",
@@ -3085,10 +2839,7 @@ def kernel_spec_manager_class(profile: str) -> type:
 
 
 def export_handlers(base_url: str) -> list[tuple[str, type]]:
-    """Return handlers that keep the menu *Save and export as*.
-
-    They run `jupyter nbconvert` as a process of the student's, which holds no secrets.
-    """
+    """Return handlers that have *Save and export as* done by processes of theirs."""
     from jupyter_server.auth.decorator import authorized
     from jupyter_server.base.handlers import APIHandler, JupyterHandler, path_regex
     from tornado import web
@@ -3142,10 +2893,7 @@ def export_handlers(base_url: str) -> list[tuple[str, type]]:
 
 
 async def export_notebook(export_format: str, source: str) -> tuple[str, bytes]:
-    """Convert a notebook and return the result's name and content; several are zipped.
-
-    Raises: Error with the last line of what nbconvert said.
-    """
+    """Convert a notebook; return name and content of the result, or raise Error."""
     with tempfile.TemporaryDirectory() as directory:
         output_dir = os.path.join(directory, "export")
         process = await asyncio.create_subprocess_exec(
@@ -3169,47 +2917,36 @@ async def export_notebook(export_format: str, source: str) -> tuple[str, bytes]:
         if len(names) == 1:
             return names[0], Path(output_dir, names[0]).read_bytes()
         # Pictures lie beside the text that shows them.
-        zipped = await asyncio.to_thread(
-            shutil.make_archive, output_dir, "zip", output_dir
-        )
+        zipped = await asyncio.to_thread(shutil.make_archive, output_dir, "zip", output_dir)
         return f"{Path(source).stem}.zip", Path(zipped).read_bytes()
 
 
 def keyctl_number() -> int | None:
-    """Return the number of the system call keyctl(2), if it is known.
-
-    The interpreter decides which: it may be a 32-bit one on a 64-bit kernel.
-    """
+    """Return the number of the system call keyctl(2) for this interpreter, if known."""
     multiarch = str(sysconfig.get_config_var("MULTIARCH") or "")
     return SYS_KEYCTL.get(multiarch.partition("-")[0])
 
 
 def leave_session_keyring() -> None:
-    """Join a new session keyring: the launcher's may hold the teacher's keys.
-
-    `command_launch` warns where this cannot be done. Raises: OSError.
-    """
+    """Join a new session keyring: the launcher's may hold the teacher's keys."""
     number = keyctl_number()
     if number is None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(number, KEYCTL_JOIN_SESSION_KEYRING, None, 0, 0, 0) < 0:
-        if ctypes.get_errno() != errno.ENOSYS:  # a kernel without keys
-            raise OSError(ctypes.get_errno(), "keyctl: cannot join a session keyring")
+    failed = libc.syscall(number, KEYCTL_JOIN_SESSION_KEYRING, None, 0, 0, 0) < 0
+    if failed and ctypes.get_errno() != errno.ENOSYS:  # a kernel without keys
+        raise OSError(ctypes.get_errno(), "keyctl: cannot join a session keyring")
 
 
 def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
-    """Become the student for good, and serve their notebooks until SIGTERM.
-
-    Step 6 of a start. Runs as: root, then the student.
-    """
+    """Become the student for good, and serve until SIGTERM. Step 6 of a start."""
     listener_fd, terminal_fd = fds
     with closing(terminal_fd):
         for standard in (0, 1, 2):
             os.dup2(terminal_fd, standard)
 
-    # The key is read while root may. Nothing of the student's is read before the ids
-    # are dropped, and nothing else can be done with root's afterwards.
+    # The key is read while root may. Nothing of the student's is read before the ids are
+    # dropped, and nothing else can be done with root's afterwards.
     account = pwd.getpwnam(order.username)
     context = Certificate(Path(order.cert_file), Path(order.key_file)).context()
     resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
@@ -3232,10 +2969,7 @@ def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
 
 
 def make_app(order: ServerOrder, account: pwd.struct_passwd) -> Any:
-    """Return the initialized application; nothing in the home has been executed.
-
-    Step 7 of a start. Runs as: the student, in the directory `/`.
-    """
+    """Return the application; nothing in the home was executed. Step 7 of a start."""
     from jupyter_server.serverapp import ServerApp
 
     # Root's while Jupyter looks for Python to execute. Terminals and kernels must not
@@ -3246,8 +2980,8 @@ def make_app(order: ServerOrder, account: pwd.struct_passwd) -> Any:
 
     app: Any = ServerApp(config=server_settings(order, account))
     app.name = "notebook"
-    # The templates of nbconvert are Python in disguise, and are looked up in the home:
-    # they would run in this process, which holds the host's key.
+    # The templates of nbconvert are Python in disguise, and are looked up in the home: they
+    # would run in this process, which holds the host's key.
     app.default_services = [x for x in app.default_services if x != "nbconvert"]
     app.no_browser_open_file = True
     app.initialize(argv=[], new_httpserver=False)
@@ -3262,9 +2996,9 @@ def make_app(order: ServerOrder, account: pwd.struct_passwd) -> Any:
 def serve(app: Any, context: ssl.SSLContext, listener: socket.socket) -> None:
     """Run the application on the listening socket, until SIGTERM or for long idle.
 
-    Step 8 of a start. `app.start` prints the address, for which `watch_start` waits in
-    the launcher, and then runs the event loop, whose first callback leaves the terminal.
-    The whole protocol of a start rests on this order: what is printed before goes to the
+    Step 8 of a start. `app.start` prints the address, for which `watch_start` waits in the
+    launcher, and then runs the event loop, whose first callback leaves the terminal. The
+    whole protocol of a start rests on this order: what is printed before goes to the
     launcher, as the reason if the start fails, and what is printed later to the log.
     """
     from tornado.httpserver import HTTPServer
@@ -3283,12 +3017,10 @@ def serve(app: Any, context: ssl.SSLContext, listener: socket.socket) -> None:
 
 
 def move_output_to_log() -> None:
-    """Leave the terminal on which the launcher watched the start for a log in the home.
-
-    Runs as: the student. A FIFO or a link in its place neither blocks nor leads away.
-    """
+    """Leave the launcher's terminal for a log in the home. Runs as: the student."""
     # Nothing is flushed: the launcher may have closed the terminal already (EIO).
     log_fd = null_fd = os.open(os.devnull, os.O_RDWR)
+    # A FIFO or a link in its place neither blocks nor leads away.
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
     with contextlib.suppress(OSError):
         fd = os.open(Path.home() / SERVER_LOG, flags, 0o600)
@@ -3300,57 +3032,44 @@ def move_output_to_log() -> None:
         os.dup2(fd, target)
 
 
-# -------------------------------------------------------------------------------------
-# Launch 2: templates
+# == Launch 2: templates ===================================================================
 #
-# A template is a process that has imported, once, what its forks need. `Template` is
-# the launcher's side: it asks for forks and hears of their ends. `run_template` is the
-# process: all that is special to servers in it is what it imports and the function that
-# its forks become, so that others can use it, too.
+# A template is a process that has imported, once, what its forks need. `Template` is the
+# launcher's side: it asks for forks and hears of their ends. `run_template` is the process:
+# all that is special to servers in it is what it imports and the function that its forks
+# become, so that others can use it, too.
 #
 # The order for a fork goes through a channel of its own. So the template never knows a
 # student's secrets, and no other student's server can have them in its memory.
-# -------------------------------------------------------------------------------------
 
 START_SECONDS = 60.0  # until a fork must have answered, and a server named its address
 STOP_SECONDS = 1.5  # in which a helper must have ended
 EXIT_REPORT_SECONDS = 1.0  # in which a template has reported an end that we see
 TEMPLATE_TITLE = "notebooks.py: template process"
 
-# What a running server would import by and by; the last brings most of it. Importing
-# them before `rehearse_start` allocates anything keeps 1 MB more shared.
-# tests/test_server.py fails if one is missing.
+# What a running server would import by and by; the last brings most of it. Importing them
+# before `rehearse_start` allocates anything keeps 1 MB more shared. tests/test_server.py
+# fails if one is missing.
 SERVER_MODULES = (
     *("anyio._backends._asyncio", "babel.dates", "ipykernel.kernelspec"),
     *("jupyter_core.migrate", "notebook.app"),
 )
 
 
-@dataclasses.dataclass(frozen=True)
 class Ready(Message):
     """A helper can do its work from now on."""
 
 
-@dataclasses.dataclass(frozen=True)
 class ForkRequest(Message):
     """Fork; the fork takes its order from the channel that comes with this."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Forked(Message):
     """A fork has taken its order; comes with a pidfd of it."""
 
     pid: int
 
 
-@dataclasses.dataclass(frozen=True)
-class NotForked(Message):
-    """The template could not fork."""
-
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Exited(Message):
     """A fork has ended; the code is its exit status, or the negative of a signal."""
 
@@ -3359,25 +3078,20 @@ class Exited(Message):
 
 
 class HelperState(enum.Enum):
-    """What became of a helper process so far."""
+    """What is known of a helper process."""
 
     NEW = enum.auto()  # none has ever been ready
-    STARTING = enum.auto()
-    READY = enum.auto()
-    REPLACED = enum.auto()  # we have killed it, for the next one to be told other things
-    ENDED = enum.auto()
+    PROVEN = enum.auto()  # one that ends is started again
+    REPLACED = enum.auto()  # we have killed it: the next one is told other things
 
 
 class Helper:
-    """Keeps one of the launcher's own processes running: this script, executed afresh.
-
-    A process that ends is started again, unless none ever was ready.
-    """
+    """Keeps a process of the launcher's running: this script, executed afresh."""
 
     def __init__(self, role: str) -> None:
         self.role = role
         self.state = HelperState.NEW
-        self.ready = asyncio.Event()  # set as long as the state is READY
+        self.ready = asyncio.Event()  # set as long as a process can do its work
         self.child: Child | None = None
 
     def greet(self) -> None:
@@ -3389,18 +3103,8 @@ class Helper:
     def cleanup(self) -> None:
         """Do what has to be done after a process has ended."""
 
-    def enter(self, state: HelperState) -> None:
-        self.state = state
-        if state is HelperState.READY:
-            self.ready.set()
-        else:
-            self.ready.clear()
-
     async def run(self) -> None:
-        """Keep the process running until this is cancelled.
-
-        Raises: Error or OSError if it cannot be started even once.
-        """
+        """Keep the process running; raises Error or OSError if it never was ready."""
         back_off = BackOff()
         while True:
             back_off.start()
@@ -3414,9 +3118,8 @@ class Helper:
 
             if self.state is HelperState.NEW:
                 raise Error(f"the {self.role} cannot start; what it said is above")
-            replaced = self.state is HelperState.REPLACED
-            self.enter(HelperState.ENDED)
-            if replaced:
+            if self.state is HelperState.REPLACED:
+                self.state = HelperState.PROVEN
                 continue
             delay = back_off.next_delay()
             log.error(
@@ -3426,24 +3129,21 @@ class Helper:
             await asyncio.sleep(delay)
 
     async def run_once(self) -> str:
-        """Start the process and take what it says until it ends, or talks nonsense.
-
-        Returns: how it ended, if there is more to say than that.
-        """
+        """Start the process and hear it out; return what is to be said of its end."""
         self.child = child = Child.execute(self.role, TEMPLATE_HOME)
-        if self.state is not HelperState.NEW:
-            self.enter(HelperState.STARTING)
+
         try:
             self.greet()
             while True:
                 await wait_readable(child.channel.fileno())
-                message, fds = child.channel.receive()
-                # Helpers send no descriptors; any that a compromised one sends are
-                # closed, or they would fill our table.
+                message, fds = child.channel.receive_message()
+                # Helpers send no descriptors; any that a compromised one sends are closed,
+                # or they would fill our table.
                 for fd in fds:
                     os.close(fd)
                 if isinstance(message, Ready):
-                    self.enter(HelperState.READY)
+                    self.state = HelperState.PROVEN
+                    self.ready.set()
                 self.handle(message)
         except EOFError:
             nonsense = ""
@@ -3454,6 +3154,7 @@ class Helper:
             self.child = None
             code = child.stop(STOP_SECONDS)
             self.cleanup()
+
         return nonsense or (f" (it {explain_exit(code)})" if code else "")
 
     def tell(self, message: Message, fds: Sequence[int] = ()) -> None:
@@ -3461,7 +3162,7 @@ class Helper:
         if self.child is None:  # it is about to be started again
             return
         try:
-            self.child.channel.send(message, fds, wait=False)
+            self.child.channel.send_message(message, fds, wait=False)
         except OSError as error:
             log.error("the %s does not listen: %s", self.role, explain(error))
             self.child.send_signal(signal.SIGKILL)  # run_once sees its end
@@ -3469,15 +3170,12 @@ class Helper:
     def replace(self) -> None:
         """Have another process started, which `greet` tells what counts now."""
         if self.child:  # else it is waiting to be started again
-            self.enter(HelperState.REPLACED)
+            self.state = HelperState.REPLACED
             self.child.send_signal(signal.SIGKILL)
 
 
 class Fork(Process):
-    """A process that a template has forked; `report` is set to its exit code.
-
-    There is no report if the template ends before, or never was this launcher's.
-    """
+    """A process that a template has forked, and may yet report the exit code of."""
 
     def __init__(
         self, pid: int, pid_fd: int, report: "asyncio.Future[int] | None" = None
@@ -3503,19 +3201,16 @@ class Template(Helper):
         self.reports: dict[int, asyncio.Future[int]] = {}
 
     async def fork(self, order: Message, fds: Sequence[int]) -> Fork:
-        """Have a fork take an order with these descriptors.
-
-        Step 4 of a start. Raises: Error, OSError or TimeoutError.
-        """
+        """Have a fork take an order; raises Error or OSError. Step 4 of a start."""
         await self.ready.wait()
         ours, theirs = Channel.pair()
         with ours:
             with theirs:
                 self.tell(ForkRequest(), [theirs.fileno()])
             try:
-                ours.send(order, fds)  # it waits in the channel for the fork
+                ours.send_message(order, fds)  # it waits in the channel for the fork
                 await wait_readable(ours.fileno(), START_SECONDS)
-                answer, received = ours.receive()
+                answer, received = ours.receive_message()
             except (EOFError, ConnectionError):
                 raise Error("the template process ended before it started it") from None
 
@@ -3524,16 +3219,13 @@ class Template(Helper):
                 (pid_fd,) = received
                 report = self.reports[pid] = asyncio.get_running_loop().create_future()
                 return Fork(pid, pid_fd, report)
-            case NotForked(reason):
+            case Failed(reason):
                 raise Error(reason)
         raise Error(f"the template process answered {type(answer).__name__}")
 
     def handle(self, message: Message) -> None:
-        match message:
-            case Exited(pid, code):
-                report = self.reports.pop(pid, None)
-                if report:
-                    report.set_result(code)
+        if isinstance(message, Exited) and message.pid in self.reports:
+            self.reports.pop(message.pid).set_result(message.code)
 
     def cleanup(self) -> None:
         self.reports.clear()  # nobody will report those
@@ -3555,7 +3247,7 @@ def run_template(
     signal.signal(signal.SIGCHLD, lambda *_: None)
     preload()
     with contextlib.suppress(OSError):  # the launcher is gone: seen below
-        channel.send(Ready())
+        channel.send_message(Ready())
 
     while True:
         ready, _, _ = select.select([channel.fileno(), wakeup_fd], [], [])
@@ -3567,7 +3259,7 @@ def run_template(
 
         if channel.fileno() in ready:
             try:
-                _, (fd,) = channel.receive()
+                _, (fd,) = channel.receive_message()
             except EOFError:
                 return
             fork_on_request(fd, become)
@@ -3582,38 +3274,32 @@ def report_exits(channel: Channel) -> None:
                 return
             code = os.waitstatus_to_exitcode(wait_status)
             with contextlib.suppress(OSError):  # the launcher is gone
-                channel.send(Exited(pid, code))
+                channel.send_message(Exited(pid, code))
 
 
 def fork_on_request(fd: int, become: Callable[..., None]) -> None:
-    """Fork a process that takes its order from a channel.
-
-    Step 5 of a start.
-    """
+    """Fork a process that takes its order from a channel: step 5 of a start."""
     try:
-        fork_process(lambda: take_order(Channel(fd), become), {fd})
+        fork_process(lambda: take_order(Channel(fileno=fd), become), {fd})
     except OSError as error:
-        with Channel(fd) as channel, contextlib.suppress(OSError):
-            channel.send(NotForked(f"cannot fork: {error.strerror}"))
-            # Closing before the order is read would reset the socket and lose this
-            # answer. recv(1) drops the record without keeping its secrets.
-            channel.socket.recv(1)
+        with Channel(fileno=fd) as channel, contextlib.suppress(OSError):
+            channel.send_message(Failed(f"cannot fork: {error.strerror}"))
+            # Closing before the order is read would reset the socket and lose this answer.
+            # recv(1) drops the record without keeping its secrets.
+            channel.recv(1)
         return
     os.close(fd)
 
 
 def take_order(channel: Channel, become: Callable[..., None]) -> None:
-    """Receive an order, and become what it says.
-
-    Runs as: root, in the fork. All else that the template had open is closed.
-    """
+    """Receive an order, and become what it says. Runs as: root, in the fork."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with channel:
         try:
-            order, fds = channel.receive()
-            with Process.open(os.getpid()) as myself:
-                channel.send(Forked(os.getpid()), [myself.pid_fd])
+            order, fds = channel.receive_message()
+            with contextlib.closing(Process(os.getpid())) as myself:
+                channel.send_message(Forked(os.getpid()), [myself.pid_fd])
         except (EOFError, ConnectionError):  # the launcher does not want it any more
             return
     become(order, fds)
@@ -3634,9 +3320,9 @@ def preload_server() -> None:
 def rehearse_start() -> None:
     """Initialize a server that nobody uses, and throw it away.
 
-    What Jupyter works out and keeps in its modules at a first start, for a first page
-    and for a first notebook is then shared by all forks: each starts in half the CPU
-    time and with 6 MB less of private memory, and a lesson costs 11 MB less.
+    What Jupyter works out and keeps in its modules at a first start, for a first page and
+    for a first notebook is then shared by all forks: each starts in half the CPU time and
+    with 6 MB less of private memory, and a lesson costs 11 MB less.
     """
     import nbformat
     from jupyter_server.gateway.gateway_client import GatewayClient
@@ -3680,13 +3366,11 @@ async def rehearse_visit(app: Any) -> None:
         raise RuntimeError(f"a rehearsed log-in page: {answer[:100]!r}")
 
 
-# -------------------------------------------------------------------------------------
-# Launch 3: the landing page
+# == Launch 3: the landing page ============================================================
 #
 # The page on the base port leads every student to their own notebook. `Webserver` is the
 # launcher's side of it; `run_webserver` is the process, which is `nobody` and knows no
 # password. It shows the students' names to anybody, if it is told them.
-# -------------------------------------------------------------------------------------
 
 WEBSERVER_TITLE = "notebooks.py: webserver"
 PAGE_SECONDS = 10.0  # in which a visitor must have made a request
@@ -3706,8 +3390,7 @@ button { flex: 1 0 auto; background: #a8470b; border-color: #a8470b; color: #fff
 ul { list-style: none; padding: 0; }
 li a { display: flex; justify-content: space-between; gap: 1rem; padding: .6rem .2rem;
        border-bottom: 1px solid #ddd; color: inherit; text-decoration: none; }
-li a:hover, li a:focus { background: #f6efe8; }
-code { color: #666; }
+li a:hover, li a:focus { background: #f6efe8; } code { color: #666; }
 .message { border-left: .3rem solid #a8470b; padding: .3rem .8rem; }
 @media (prefers-color-scheme: dark) {
   body { color: #e6e6e6; background: #191919; } li a { border-color: #444; }
@@ -3739,13 +3422,12 @@ STARTING = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
 class Site(Message):
     """What the landing page shows, and to where it leads.
 
-    shown: user name, name and port of each student in the list that anybody sees.
-    ports: by user name. The files are of the certificate. Comes with the listening
-    socket, of which only a webserver that has just been started makes use.
+    shown: user name, name and port of each student in the list that anybody sees. ports: by
+    user name. The files are of the certificate. Comes with the listening socket, of which
+    only a webserver that has just been started makes use.
     """
 
     title: str
@@ -3775,10 +3457,8 @@ class Webserver(Helper):
 
 
 def content_security_policy() -> str:
-    """Return a policy that allows this page's style and form, and nothing else.
-
-    Browsers hold a form's redirect against form-action too, hence any https address.
-    """
+    """Return a policy that allows this page's style and form, and nothing else."""
+    # Browsers hold a form's redirect against form-action too, hence any https address.
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     return (
         f"default-src 'none'; style-src 'sha256-{digest}'; form-action https:;"
@@ -3806,10 +3486,7 @@ def landing_page(
 
 
 async def is_answered(port: int) -> bool:
-    """Say whether a notebook server answers on a port within VISIT_SECONDS.
-
-    The connection has a server started that does not run, as any visitor's would.
-    """
+    """Say whether a notebook server answers within VISIT_SECONDS; that may start it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     visit = asyncio.open_connection("127.0.0.1", port, ssl=context)
@@ -3821,14 +3498,18 @@ async def is_answered(port: int) -> bool:
     return True
 
 
-@dataclasses.dataclass
-class Page:
-    """What the webserver shows; the launcher may tell another site at any time."""
+def find_target(path: str, asked: str | None, query: str) -> tuple[str, str]:
+    """Return the user name that a request means, and what is wanted of their server.
 
-    site: Site
+    The form asks for a name in the query; all else names it in the path.
+    """
+    if not path and asked is not None:
+        return asked.strip().lower(), ""
+    username, _, rest = path.partition("/")
+    return username, urllib.parse.quote(rest) + (f"?{query}" if query else "")
 
 
-def page_handler(page: Page) -> type:
+def page_handler() -> type:
     """Return the handler of all requests to the base port."""
     from tornado import web
 
@@ -3842,39 +3523,29 @@ def page_handler(page: Page) -> type:
 
         def prepare(self) -> None:
             if self.request.protocol == "http":
-                address = f"{visited_host(self.request)}:{page.site.port}"
+                address = f"{visited_host(self.request)}:{self.settings['site'].port}"
                 self.redirect(f"https://{address}{self.request.uri}", status=307)
 
         async def get(self, path: str) -> None:
             """Show the page, or lead /USERNAME/anything to the student's server."""
+            site: Site = self.settings["site"]
             asked = self.get_query_argument("username", None)
-            if path or asked is None:
-                username, _, rest = path.partition("/")
-                query = f"?{self.request.query}" if self.request.query else ""
-                target = urllib.parse.quote(rest) + query
-            else:  # the form
-                username, target = asked.strip().lower(), ""
+            username, target = find_target(path, asked, self.request.query)
 
             if not path and asked is None:
-                await self.show_list("")
-            elif username not in page.site.ports:
+                await self.finish(landing_page(site.title, site.shown))
+            elif username not in site.ports:
                 self.set_status(404)
-                await self.show_list(f"Nobody here has the user name “{username}”.")
-            elif not await is_answered(page.site.ports[username]):
+                message = f"Nobody here has the user name “{username}”."
+                await self.finish(landing_page(site.title, site.shown, message))
+            elif not await is_answered(site.ports[username]):
                 self.set_status(503)
                 self.set_header("Refresh", "1")  # the same address again
-                await self.finish(make_page(page.site.title, "", STARTING))
+                await self.finish(make_page(site.title, "", STARTING))
             else:
-                self.lead_to(username, target)
-
-        async def show_list(self, message: str) -> None:
-            await self.finish(landing_page(page.site.title, page.site.shown, message))
-
-        def lead_to(self, username: str, target: str) -> None:
-            address = page.site.address or visited_host(self.request)
-            host = address.replace("{username}", username)
-            port = page.site.ports[username]
-            self.redirect(f"https://{host}:{port}/{username}/{target}")
+                host = site.address.replace("{username}", username)
+                host = f"{host or visited_host(self.request)}:{site.ports[username]}"
+                self.redirect(f"https://{host}/{username}/{target}")
 
     return PageHandler
 
@@ -3887,13 +3558,14 @@ def visited_host(request: Any) -> str:
 
 
 async def serve_page(
-    channel: Channel, page: Page, context: ssl.SSLContext, listener: socket.socket
+    channel: Channel, site: Site, context: ssl.SSLContext, listener: socket.socket
 ) -> None:
     """Serve the base port until the launcher is gone: TLS, or a redirect to it."""
     from tornado import httpserver, iostream, tcpserver, web
 
+    application = web.Application([(r"/(.*)", page_handler())], site=site)
     server = httpserver.HTTPServer(
-        web.Application([(r"/(.*)", page_handler(page))]),
+        application,
         no_keep_alive=True,
         idle_connection_timeout=PAGE_SECONDS,
         body_timeout=PAGE_SECONDS,
@@ -3918,22 +3590,18 @@ async def serve_page(
     listener.setblocking(False)
     FirstByteServer().add_socket(listener)
     with contextlib.suppress(OSError):  # the launcher is gone: seen below
-        channel.send(Ready())
-    await follow_launcher(channel, page)
+        channel.send_message(Ready())
 
-
-async def follow_launcher(channel: Channel, page: Page) -> None:
-    """Take what the launcher tells until it is gone."""
+    # Take what the launcher tells until it is gone.
     while True:
         await wait_readable(channel.fileno())
         try:
-            message, fds = channel.receive()
+            message, fds = channel.receive_message()
         except EOFError:
             return
         for fd in fds:  # the listening socket, again
             os.close(fd)
-        if isinstance(message, Site):
-            page.site = message
+        application.settings["site"] = message
 
 
 def run_webserver(channel: Channel) -> None:
@@ -3945,7 +3613,7 @@ def run_webserver(channel: Channel) -> None:
     setproctitle.setproctitle(WEBSERVER_TITLE)
     logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
     try:
-        site, (fd,) = channel.receive()
+        site, (fd,) = channel.receive_message()
     except EOFError:
         return
     assert isinstance(site, Site)
@@ -3955,28 +3623,22 @@ def run_webserver(channel: Channel) -> None:
     drop_privileges(Identity(nobody.pw_uid, nobody.pw_gid, (nobody.pw_gid,)))
     release_memory()
     listener = socket.socket(fileno=fd)
-    asyncio.run(serve_page(channel, Page(site), context, listener))
+    asyncio.run(serve_page(channel, site, context, listener))
 
 
-# -------------------------------------------------------------------------------------
-# Launch 4: ports
+# == Launch 4: ports =======================================================================
 #
-# The launcher holds every student's port for as long as it runs, whether a server runs
-# or not. So no student can ever take a port of the course and collect the cookies and
+# The launcher holds every student's port for as long as it runs, whether a server runs or
+# not. So no student can ever take a port of the course and collect the cookies and
 # passwords of whoever visits it.
-# -------------------------------------------------------------------------------------
 
 LAUNCHER_TITLE = "notebooks.py: launcher"
 MAX_LOOKED_DESCRIPTORS = 1000  # of each process
 SYS_PIDFD_GETFD = 438  # the same on all architectures
-LISTEN = "0A"  # the state in /proc/net/tcp
 
 
 def assign_ports(students: Sequence[Student], base: int) -> dict[str, int]:
-    """Give each of N students a port of base+1 ... base+N.
-
-    It is the one in the list if it is unique and in range, else the lowest free one.
-    """
+    """Give each student their own port of base+1 ... base+N, else the lowest free one."""
     wanted = {each.username: int(each.port or 0) for each in students}
     uses = collections.Counter(wanted.values())
     ports = range(base + 1, base + len(students) + 1)
@@ -3989,8 +3651,8 @@ def assign_ports(students: Sequence[Student], base: int) -> dict[str, int]:
 def bind_port(port: int) -> socket.socket:
     """Return a socket that listens on a port in both families.
 
-    It listens at once: a port that is bound and does not listen, or is held in one
-    family only, can be taken by any user. Raises: OSError (EADDRINUSE).
+    It listens at once: a port that is bound and does not listen, or is held in one family
+    only, can be taken by any user. Raises: OSError (EADDRINUSE).
     """
     if socket.has_dualstack_ipv6():
         return socket.create_server(
@@ -3999,28 +3661,22 @@ def bind_port(port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=1024)
 
 
-class Listener(NamedTuple):
-    """Who listens on a port, and with which descriptor."""
-
-    pid: int
-    fd: int
-
-
-Listeners = dict[int, list[Listener]]  # by port
+# (pid, descriptor) pairs per listening TCP port.
+Listeners = dict[int, list[tuple[int, int]]]
 
 
 def find_listeners() -> Listeners:
     """Return who listens on which TCP port.
 
-    Only the first MAX_LOOKED_DESCRIPTORS of each process are examined, so nobody can
-    slow this down. Source: proc(5), /proc/net/tcp: local address, state, inode.
+    Only the first MAX_LOOKED_DESCRIPTORS of each process are examined, so nobody can slow
+    this down. Source: proc(5), /proc/net/tcp: local address, state, inode.
     """
     ports = {}
     for path in Path("/proc/net").glob("tcp*"):
         for line in path.read_text().splitlines()[1:]:
             fields = line.split()
             address, state, inode = fields[1], fields[3], fields[9]
-            if state == LISTEN:
+            if state == "0A":  # TCP_LISTEN
                 ports[f"socket:[{inode}]"] = int(address.rpartition(":")[2], 16)
 
     listeners: Listeners = {}
@@ -4030,8 +3686,7 @@ def find_listeners() -> Listeners:
                 with contextlib.suppress(OSError):
                     port = ports.get(os.readlink(entry.path))
                     if port:
-                        found = listeners.setdefault(port, [])
-                        found.append(Listener(pid, int(entry.name)))
+                        listeners.setdefault(port, []).append((pid, int(entry.name)))
     return listeners
 
 
@@ -4064,10 +3719,7 @@ def reload_launcher(port: int) -> None:
 
 
 def bind_base_port(port: int) -> socket.socket:
-    """Return the listening socket of the web page.
-
-    Raises: UsageError that names who holds the port.
-    """
+    """Return the web page's socket; raises UsageError that names who holds the port."""
     try:
         return bind_port(port)
     except OSError as error:
@@ -4077,6 +3729,7 @@ def bind_base_port(port: int) -> socket.socket:
                 f"launch runs already (pid {launcher}); end that, or leave it: `setup`"
                 " brings new students into it"
             ) from None
+
         holder = describe_holder(find_listeners(), port)
         reason = os.strerror(error.errno or 0)
         raise UsageError(
@@ -4089,18 +3742,20 @@ def take_listener(
 ) -> tuple[socket.socket, Fork] | None:
     """Duplicate the listening socket out of a student's server that still runs.
 
-    A socket that root made tells that the server is ours: a student's own socket
-    belongs to the student. Source: pidfd_getfd(2), not in Python's os yet.
+    A socket that root made tells that the server is ours: a student's own socket belongs to
+    the student. Source: pidfd_getfd(2), not in Python's os yet.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     for pid, number in listeners.get(port, ()):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            process = stack.enter_context(Process.open(pid))
+            process = stack.enter_context(contextlib.closing(Process(pid)))
             if read_status(pid)[0] != uid:
                 continue
+
             fd = libc.syscall(SYS_PIDFD_GETFD, process.pid_fd, number, 0)
             if fd < 0:
                 continue
+
             listener = stack.enter_context(socket.socket(fileno=fd))
             if os.fstat(fd).st_uid == 0 and listener.getsockname()[1] == port:
                 stack.pop_all()  # both stay open
@@ -4111,10 +3766,9 @@ def take_listener(
 def ensure_capacity(course: Course) -> None:
     """Allow the descriptors that all servers need: two each, more at the start.
 
-    Our helpers and servers get as many: on the network as the system allows. Root may
-    raise the hard limit too, unless something confines it (RLIMIT_NOFILE).
-
-    Raises: UsageError if there are too few of them, or of ports.
+    Our helpers and servers get as many: on the network as the system allows. Root may raise
+    the hard limit too, unless something confines it (RLIMIT_NOFILE). Raises: UsageError if
+    there are too few of them, or of ports.
     """
     config, count = course.config, len(course.roster.students)
     if config.port + count > 65535:
@@ -4131,14 +3785,12 @@ def ensure_capacity(course: Course) -> None:
         ) from None
 
 
-# -------------------------------------------------------------------------------------
-# Launch 5: the launcher
+# == Launch 5: the launcher ================================================================
 #
-# A `Server` is the launcher's view of one student's server, from its port to its end.
-# When its process does not run, the launcher listens in its place, and a connection has
-# it started: one mechanism serves start on demand, recovery from a crash and idle
-# servers. `Launcher` owns all servers and both helpers, and obeys signals.
-# -------------------------------------------------------------------------------------
+# A `Server` is the launcher's view of one student's server, from its port to its end. When
+# its process does not run, the launcher listens in its place, and a connection has it
+# started: one mechanism serves start on demand, recovery from a crash and idle servers.
+# `Launcher` owns all servers and both helpers, and obeys signals.
 
 SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
 MEMORY_SECONDS = 5  # between two looks at what all processes hold
@@ -4190,10 +3842,7 @@ class Server:
     def open(
         cls, member: Member, ports: dict[str, int], base: int, listeners: Listeners
     ) -> "Server":
-        """Adopt the server that a student has, or bind their port, or find another.
-
-        Raises: Error if the student has no password, or there is no free port left.
-        """
+        """Adopt the student's server, or bind their port or another; raises Error."""
         username, student = member.username, member.student
         if not student.nb_pass:
             raise Error("has no nb-pass; run setup first")
@@ -4237,11 +3886,6 @@ class Server:
     def start_tending(self, context: StartContext) -> None:
         self.task = asyncio.get_running_loop().create_task(self.tend(context))
 
-    async def stop_tending(self) -> None:
-        """Leave the server alone, whether it runs or not."""
-        if self.task:
-            await end_tasks([self.task])
-
     def close(self) -> None:
         """Give up the port, and the hold of a process that was ended."""
         self.listener.close()
@@ -4251,8 +3895,8 @@ class Server:
     async def tend(self, context: StartContext) -> None:
         """Start the server whenever it is wanted, and wait for its end, again and again.
 
-        Step 1 of a start. It is wanted at launch, unless on_demand, and whenever
-        somebody connects to its port.
+        Step 1 of a start. It is wanted at launch, unless on_demand, and whenever somebody
+        connects to its port.
         """
         wanted = not context.config.on_demand
         while True:
@@ -4285,8 +3929,8 @@ class Server:
     async def start(self, context: StartContext) -> None:
         """Start the server, and report if that fails.
 
-        Step 2 of a start. As many start at once as there are cores. One that takes
-        long, for its student may have stopped it, does not hold others up for more than
+        Step 2 of a start. As many start at once as there are cores. One that takes long,
+        for its student may have stopped it, does not hold others up for more than
         SLOT_SECONDS.
         """
         self.state = ServerState.STARTING
@@ -4315,10 +3959,7 @@ class Server:
                 )
 
     async def start_once(self, context: StartContext) -> Fork:
-        """Have the template fork a server and watch it until it is ready.
-
-        Step 3 of a start. Raises: Error or OSError; no half-started server is left.
-        """
+        """Have a server forked, and watch it until it is ready. Step 3 of a start."""
         account = self.check_account()
         ensure_runtime_dir(account)
         order = server_order(context, self)
@@ -4341,10 +3982,7 @@ class Server:
         return process
 
     def check_account(self) -> pwd.struct_passwd:
-        """Return the account as it is now: that may be months after the launch.
-
-        Raises: Error if it cannot have a server.
-        """
+        """Return the account as it is now, perhaps months after launch; raises Error."""
         account = find_account(self.username)
         if account is None or account.pw_uid != self.uid or is_closed(self.username):
             raise Error("the account does not exist, or is closed; run setup")
@@ -4366,6 +4004,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
     config, certificate = context.config, context.certificate
     host = config.server_address.replace("{username}", server.username)
     host = host or visible_address(config)
+
     return ServerOrder(
         username=server.username,
         port=server.port,
@@ -4383,10 +4022,9 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
 async def watch_start(terminal_fd: int, url: str) -> None:
     """Wait until a server names its address on its terminal, which is then closed.
 
-    Step 9 of a start. The address is the last that a server prints there: see `serve`.
-    The terminal controls no session, so closing it sends nobody a SIGHUP.
-
-    Raises: Error with the last lines of its output.
+    Step 9 of a start. The address is the last that a server prints there: see `serve`. The
+    terminal controls no session, so closing it sends nobody a SIGHUP. Raises: Error with
+    the last lines of its output.
     """
     spawn = fdpexpect.fdspawn(
         terminal_fd, encoding="utf-8", codec_errors="replace", searchwindowsize=2000
@@ -4398,28 +4036,9 @@ async def watch_start(terminal_fd: int, url: str) -> None:
         spawn.async_pw_transport[1].close()
     if outcome:
         reason = ("it ended", f"no address within {START_SECONDS:.0f} s")[outcome - 1]
-        words = last_lines(spawn.before or "")
-        raise Error(f"the server did not start, {reason}: {words}")
-
-
-def last_lines(output: str) -> str:
-    """Return the end of what a server said, in one line without control characters."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    text = " / ".join(lines[-3:]) or "it said nothing"
-    return printable(text)[-500:]
-
-
-def memory_of_users(uids: Iterable[int]) -> int:
-    """Return the bytes that processes of these users hold.
-
-    Pages that several share are divided among them: PSS, proc(5).
-    """
-    total = 0
-    for processes in processes_by_uid(uids).values():
-        for process in processes:
-            with contextlib.suppress(OSError, psutil.Error):
-                total += process.memory_full_info().pss
-    return total
+        lines = [line.strip() for line in (spawn.before or "").splitlines()]
+        words = " / ".join([line for line in lines if line][-3:]) or "it said nothing"
+        raise Error(f"the server did not start, {reason}: {printable(words)[-500:]}")
 
 
 class Launcher:
@@ -4428,27 +4047,17 @@ class Launcher:
     def __init__(
         self, course: Course, certificate: Certificate, base_listener: socket.socket
     ) -> None:
-        self.context = StartContext(
-            config=course.config,
-            certificate=certificate,
-            template=Template("template"),
-            slots=asyncio.Semaphore(os.cpu_count() or 1),
-        )
+        slots = asyncio.Semaphore(os.cpu_count() or 1)
+        template = Template("template")
+        self.context = StartContext(course.config, certificate, template, slots)
         self.fingerprint = certificate.fingerprint()
         self.servers: dict[str, Server] = {}
         self.web = Webserver(base_listener, self.site())
         self.announced = False
         self.memory = 0  # of all students, in bytes
 
-    @property
-    def config(self) -> Config:
-        return self.context.config
-
     def open_servers(self, course: Course) -> Outcome:
-        """Hold a port for each student who can have a server.
-
-        Ports that we hold already stay. All are written to the list, which is locked.
-        """
+        """Hold a port for each member who can have a server; the list is locked."""
         outcome = Outcome()
         ports = assign_ports(course.roster.students, course.config.port)
         listeners = find_listeners()
@@ -4473,12 +4082,13 @@ class Launcher:
 
     def site(self) -> Site:
         """Return what the web page is told; passwords are not part of that."""
-        config = self.config
+        config = self.context.config
         rows = [
             (each.username, each.member.student.full_name[:MAX_SHOWN_NAME], each.port)
             for each in self.servers.values()
         ]
         rows.sort(key=lambda row: row[1] or row[0])  # by what is shown of them
+
         return Site(
             title=config.web_title,
             address=config.server_address,
@@ -4502,7 +4112,7 @@ class Launcher:
         self.web.show(self.site())
         status = loop.create_task(self.show_status())
         work: list[Coroutine[Any, Any, Any]] = [
-            *(stop.wait(), self.serve(reload_wanted)),
+            *(stop.wait(), self.run_servers(reload_wanted)),
             *(self.context.template.run(), self.web.run()),
         ]
         tasks = [loop.create_task(each) for each in work]
@@ -4519,7 +4129,7 @@ class Launcher:
             return Interrupted.exit_status
         return 1 if self.count(ServerState.FAILED) else 0
 
-    async def serve(self, reload_wanted: asyncio.Event) -> NoReturn:
+    async def run_servers(self, reload_wanted: asyncio.Event) -> NoReturn:
         """Start what has to run from the beginning, tell the teacher, then reload."""
         await asyncio.gather(self.context.template.ready.wait(), self.web.ready.wait())
         servers = list(self.servers.values())
@@ -4527,8 +4137,14 @@ class Launcher:
             server.start_tending(self.context)
         await asyncio.gather(*(server.settled.wait() for server in servers))
 
-        for line in self.summary():
-            say(line)
+        running = self.count(ServerState.RUNNING)
+        ports = [self.context.config.port, *(server.port for server in servers)]
+        say(f"{running} of {len(servers)} notebook servers run.")
+        say(f"The firewall must let in TCP ports {min(ports)} to {max(ports)}.")
+        say(f"Fingerprint of the certificate (SHA-256): {self.fingerprint}")
+        say(
+            f"Ready: https://{visible_address(self.context.config)}:{self.context.config.port}/"
+        )
         self.announced = True
         release_memory()
 
@@ -4543,14 +4159,6 @@ class Launcher:
 
     def count(self, state: ServerState) -> int:
         return sum(server.state is state for server in self.servers.values())
-
-    def summary(self) -> Iterator[str]:
-        running, address = self.count(ServerState.RUNNING), visible_address(self.config)
-        yield f"{running} of {len(self.servers)} notebook servers run."
-        ports = [self.config.port, *(server.port for server in self.servers.values())]
-        yield f"The firewall must let in TCP ports {min(ports)} to {max(ports)}."
-        yield f"Fingerprint of the certificate (SHA-256): {self.fingerprint}"
-        yield f"Ready: https://{address}:{self.config.port}/"
 
     async def show_status(self) -> None:
         """Keep a line on the terminal up to date, if this is one."""
@@ -4572,27 +4180,32 @@ class Launcher:
                 await asyncio.sleep(1)
 
     def watch_memory(self) -> None:
-        """Look again and again at what the students' processes hold.
+        """Sum up again and again what the students' processes hold.
 
-        Runs as: a thread that nobody waits for, since a student may hold it up.
+        Pages that several share are divided among them: PSS, proc(5). Runs as: a thread
+        that nobody waits for, since a student may hold it up.
         """
         while True:
             uids = [server.uid for server in list(self.servers.values())]
-            self.memory = memory_of_users(uids)
+
+            total = 0
+            for process in itertools.chain(*processes_by_uid(uids).values()):
+                with contextlib.suppress(OSError, psutil.Error):
+                    total += process.memory_full_info().pss
+            self.memory = total
             time.sleep(MEMORY_SECONDS)
 
     async def reload(self) -> None:
         """Read the configuration and the list again; servers that run stay untouched.
 
-        If either is bad, or cannot be read, everything goes on as before.
-
-        Raises: BusyError if it has to be done again a little later.
+        If either is bad, or cannot be read, everything goes on as before. Raises: BusyError
+        if it has to be done again a little later.
         """
         try:
-            course = load_course(self.config.path, False)
-            if course.config.port != self.config.port:
+            course = load_course(self.context.config.path, False)
+            if course.config.port != self.context.config.port:
                 log.warning("another `port` counts from the next launch on")
-            config = dataclasses.replace(course.config, port=self.config.port)
+            config = dataclasses.replace(course.config, port=self.context.config.port)
             course = dataclasses.replace(course, config=config)
             certificate = ensure_certificate(config)
             fingerprint = certificate.fingerprint()
@@ -4606,8 +4219,8 @@ class Launcher:
         except (Error, OSError) as error:
             for line in explain(error).splitlines():
                 log.error("not reloaded: %s", line)
-            # close_servers may have run before the failure: those students are dropped
-            # from the page.
+            # close_servers may have run before the failure: those students are dropped from
+            # the page.
             self.web.show(self.site())
             return
 
@@ -4623,22 +4236,15 @@ class Launcher:
 
     def servers_not_in(self, roster: Roster) -> list[Server]:
         """Return the servers of those who are no students any more."""
-        uids = {
-            member.username: member.uid
-            for member in find_members(roster)
-            if member.student.nb_pass
-        }
-        return [
-            server
-            for server in self.servers.values()
-            if uids.get(server.username) != server.uid
-        ]
+        members = [each for each in find_members(roster.students) if each.student.nb_pass]
+        uids = {member.username: member.uid for member in members}
+        return [x for x in self.servers.values() if uids.get(x.username) != x.uid]
 
     async def close_servers(self, servers: Sequence[Server]) -> None:
         """End the servers and kernels of students who left, and give up their ports."""
         for server in servers:
             del self.servers[server.username]
-            await server.stop_tending()
+        await end_tasks([server.task for server in servers if server.task])
         # At once, since each look goes through all processes of the host.
         known = {each.uid: {each.process.pid} for each in servers if each.process}
         await asyncio.to_thread(end_families, known)
@@ -4646,19 +4252,17 @@ class Launcher:
             server.close()
 
 
-# -------------------------------------------------------------------------------------
-# The commands
+# == The commands ==========================================================================
 #
-# In the order of the usage line, each with the steps for one member that its workers
-# take. A command returns its exit status.
-# -------------------------------------------------------------------------------------
+# In the order of the usage line, each with the steps for one member that its workers take.
+# A command returns its exit status.
 
 
 def command_setup(course: Course) -> int:
     """Make what is missing: group, accounts, passwords, directories, profiles.
 
-    Passwords are in the list before an account has them, and which accounts have none
-    yet can be seen: a setup that was interrupted anywhere is finished by the next one.
+    Passwords are in the list before an account has them, and which accounts have none yet
+    can be seen: a setup that was interrupted anywhere is finished by the next one.
     """
     check_reachable()
     check_programs()
@@ -4675,7 +4279,7 @@ def command_setup(course: Course) -> int:
         if config.group:
             run_program(["groupadd", "--force", "--", config.group])
         done = ensure_accounts(config, roster.students, outcome)
-        members = [member for each in done if (member := find_member(each))]
+        members = find_members(done)
         furnish = functools.partial(furnish_home, config)
         for member, _ in outcome.each(furnish, members, "homes"):
             counts[done[member.student]] += 1
@@ -4693,10 +4297,14 @@ def command_setup(course: Course) -> int:
 def prepare_passwords(config: Config, roster: Roster) -> int:
     """Fill the empty password cells of the list and save it.
 
-    An account of ours whose system password is not in the list any more loses it, so
-    that it gets the new one. Returns: how many did.
+    An account of ours whose system password is not in the list any more loses it, so that
+    it gets the new one. Returns: how many did.
     """
-    make = functools.partial(make_password, config.password_length)
+
+    def make() -> str:
+        letters = (secrets.choice(PASSWORD_ALPHABET) for _ in range(config.password_length))
+        return "".join(letters)
+
     renewed = 0
     for student in roster.students:
         if not student.nb_pass:
@@ -4745,26 +4353,21 @@ def furnish_home(config: Config, member: Member) -> None:
 
 def command_send(course: Course) -> int:
     """Copy the material into each account, over what is there."""
-    config = course.config
-    reader = identity_of(invoking_account())
+    config, reader = course.config, identity_of(invoking_account())
     try:
         os.close(open_directory(config.material_dir, (), reader))
     except Error as error:
         raise UsageError(f"{config.path}: [Setup] material_dir: {error}") from None
-    return copy_for_all(course, "send", functools.partial(send_to, config))
+
+    def send(member: Member) -> CopyReport:
+        copy = TreeCopy(reader, member.identity, backup=config.keep_changed)
+        parts = config.material_name.parts
+        return copy.run(config.material_dir, (), member.home, parts)
+
+    return copy_for_all(course, "send", send)
 
 
-def send_to(config: Config, member: Member) -> CopyReport:
-    """Copy the material into one home."""
-    reader = identity_of(invoking_account())
-    copy = TreeCopy(reader, member.identity, backup=config.keep_changed)
-    parts = config.material_name.parts
-    return copy.run(config.material_dir, (), member.home, parts)
-
-
-def copy_for_all(
-    course: Course, label: str, copy: Callable[[Member], CopyReport]
-) -> int:
+def copy_for_all(course: Course, label: str, copy: Callable[[Member], CopyReport]) -> int:
     """Copy for all members and report it."""
     outcome = Outcome()
     total = CopyReport()
@@ -4785,20 +4388,15 @@ def copy_for_all(
 
 
 def command_launch(course: Course) -> int:
-    """Start the servers and serve the web page until SIGTERM or Ctrl-C.
-
-    SIGHUP, as `setup` and `remove` send it, has it read configuration and list again.
-    """
+    """Start the servers and serve the web page until SIGTERM or Ctrl-C."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until it is handled
     setproctitle.setproctitle(LAUNCHER_TITLE)
     if not sys.stderr.isatty():
         log.setLevel(min(log.level, logging.INFO))  # a line per event
     check_reachable()
     config, roster = course.config, course.roster
-    if not any(member.student.nb_pass for member in find_members(roster)):
-        raise UsageError(
-            f"{roster.path}: nobody has an account and a password; run setup"
-        )
+    if not any(member.student.nb_pass for member in find_members(roster.students)):
+        raise UsageError(f"{roster.path}: nobody has an account and a password; run setup")
     if keyctl_number() is None:
         log.warning(
             "on this processor students' processes keep the session keyring of this"
@@ -4818,10 +4416,10 @@ def command_shutdown(course: Course) -> int:
     """End the notebook servers, kernels and terminals of all students at once."""
     warn_of_strays(course)
     outcome = Outcome()
-    members = find_members(course.roster)
+    members = find_members(course.roster.students)
     stop_jupyter(members, outcome)
 
-    for member, _ in outcome.each(clear_runtime_dir, members):
+    for member, _ in outcome.each(clear_runtime_dir, members, "shutdown"):
         if member.username not in outcome.failures:
             outcome.done(member.username, "shut down")
     clear_empty_runtime_dir()
@@ -4842,6 +4440,7 @@ def command_retrieve(course: Course) -> int:
     """Copy the students' work into the storage; nothing there is lost."""
     config = course.config
     owner = config.storage_owner
+
     try:
         with acting_as(identity_of(owner)):
             config.storage_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -4857,13 +4456,9 @@ def retrieve_from(config: Config, member: Member, dry_run: bool = False) -> Copy
     """Copy one member's tutorial directory into the storage, or count what that is."""
     if config.storage_dir.is_relative_to(member.home / config.tutorial_dir):
         raise Error("storage_dir lies in what is to be retrieved; set another")
-    copy = TreeCopy(
-        reader=member.identity,
-        writer=identity_of(config.storage_owner),
-        backup=True,
-        limit=config.retrieve_limit,
-        dry_run=dry_run,
-    )
+
+    writer, limit = identity_of(config.storage_owner), config.retrieve_limit
+    copy = TreeCopy(member.identity, writer, True, limit, dry_run=dry_run)
     parts = config.tutorial_dir.parts
     return copy.run(member.home, parts, config.storage_dir, (member.username,))
 
@@ -4877,40 +4472,53 @@ def command_remove(course: Course) -> int:
     config, roster = course.config, course.roster
     roster.check_writable()
     warn_of_strays(course)
-    members = find_members(roster)
-    if members:
-        describe_removal(config, members)
-    ours = {member.username: member.is_ours for member in members}
-    if any(ours.values()) and not course.yes:
-        accounts = counted(sum(ours.values()), "account")
-        confirm(f"Delete {accounts} and everything in their homes?")
+    is_doomed = ask_before_removal(config, find_members(roster.students), course.yes)
 
     outcome = Outcome()
     with roster.locked():
         # What has changed since the question: fewer may be deleted, but no others.
-        members = [each for each in find_members(roster) if each.username in ours]
-        doomed = [each for each in members if each.is_ours and ours[each.username]]
-        deleted = delete_accounts(doomed, roster, outcome)
-        others = [each for each in members if not ours[each.username]]
+        members = [x for x in find_members(roster.students) if x.username in is_doomed]
+        others = [member for member in members if not is_doomed[member.username]]
+        deleted = delete_accounts(
+            [each for each in members if each.is_ours and each not in others],
+            roster,
+            outcome,
+        )
         for member in others:
-            leave_group(member.username, config.group)
-            roster.update(member.username, nb_pass="", port="")
+            leave_course(member, config.group, roster)
             outcome.done(member.username, "not made by setup; the account stays")
         roster.save()
 
     reload_launcher(config.port)
-    group = config.group and remove_empty_group(config.group)
+    group = remove_empty_group(config.group)
     return outcome.finish(
         f"{counted(deleted, 'account')} deleted, {len(others)} left"
         f"{f', group {config.group} deleted' if group else ''}."
     )
 
 
-def delete_accounts(members: Sequence[Member], roster: Roster, outcome: Outcome) -> int:
-    """End all that these members run, and delete those with whom that worked.
+def ask_before_removal(
+    config: Config, members: Sequence[Member], yes: bool
+) -> dict[str, bool]:
+    """Say what remove will do, and ask; return whether each account is to be deleted."""
+    is_doomed = {member.username: member.is_ours for member in members}
+    if members:
+        describe_removal(config, members)
+    if any(is_doomed.values()) and not yes:
+        accounts = counted(sum(is_doomed.values()), "account")
+        confirm(f"Delete {accounts} and everything in their homes?")
+    return is_doomed
 
-    Returns: how many were deleted.
-    """
+
+def leave_course(member: Member, group: str, roster: Roster) -> None:
+    """Undo what setup did for a member whose account is their own."""
+    if member.username in group_members(group):
+        run_program(["gpasswd", "--delete", member.username, group])
+    roster.update(member.username, nb_pass="", port="")
+
+
+def delete_accounts(members: Sequence[Member], roster: Roster, outcome: Outcome) -> int:
+    """End all that these members run, delete their accounts, and return how many."""
     ended = []
     for member in members:
         with outcome.step(member.username):
@@ -4929,34 +4537,26 @@ def delete_accounts(members: Sequence[Member], roster: Roster, outcome: Outcome)
     return deleted
 
 
-@dataclasses.dataclass(frozen=True)
 class HomeReport(Message):
-    """What a home holds, and what a retrieve would copy from it."""
+    """What a home holds, and what would be lost with it."""
 
     size_bytes: int
-    work: CopyReport
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.work.new or self.work.updated or self.work.over_limit)
+    has_work: bool  # that was not retrieved
+    problem: str  # why some of it could not be looked at
 
 
 def look_at_home(config: Config, member: Member) -> HomeReport:
-    """Look at a home as its owner can see it.
-
-    Raises: Error if the work in it cannot be looked at.
-    """
+    """Look at a home as its owner can see it; raises Error if its work cannot be seen."""
     home_fd = open_directory(member.home, (), member.identity)
     with acting_as(member.identity):
         size = directory_bytes(home_fd, time.monotonic() + LOOK_SECONDS)
-    return HomeReport(size, retrieve_from(config, member, dry_run=True))
+    work = retrieve_from(config, member, dry_run=True)
+    has_work = bool(work.new or work.updated or work.over_limit)
+    return HomeReport(size, has_work, work.first_failure)
 
 
 def directory_bytes(fd: int, deadline: float, depth: int = 0) -> int:
-    """Return what a directory's files occupy, as far as it can be seen in that time.
-
-    Closes `fd`.
-    """
+    """Return what a directory's files occupy, as far as that is seen in time; closes fd."""
     total = 0
     with closing(fd), os.scandir(fd) as entries:
         for entry in entries:
@@ -4971,35 +4571,37 @@ def directory_bytes(fd: int, deadline: float, depth: int = 0) -> int:
 
 
 def describe_removal(config: Config, members: Sequence[Member]) -> None:
-    """Say what remove will delete, and what would be lost."""
-    ours = [member for member in members if member.is_ours]
-    looks = Outcome()
-    size, unretrieved = 0, []
-    for member, home in looks.each(functools.partial(look_at_home, config), ours):
+    """Say what remove will do, and what would be lost."""
+    for member in members:
+        if not member.is_ours:
+            say(f"{member.username} was not made by setup: it only leaves the course.")
+    ours = {member.username: member for member in members if member.is_ours}
+    here = {user.name for user in psutil.users()}.intersection(ours)
+    if here:
+        say(f"Logged in at this moment: {', '.join(sorted(here))}.")
+    describe_homes(config, list(ours.values()))
+
+
+def describe_homes(config: Config, members: Sequence[Member]) -> None:
+    """Say what is in the homes that remove will delete."""
+    looks, size, unretrieved = Outcome(), 0, []
+    look = functools.partial(look_at_home, config)
+    for member, home in looks.each(look, members, "homes"):
         size += home.size_bytes
         if home.has_work:
             unretrieved.append(member.username)
-        if home.work.failed:
-            looks.failed(member.username, home.work.first_failure)
+        if home.problem:
+            looks.failed(member.username, home.problem)
 
-    accounts = counted(len(ours), "account")
+    accounts = counted(len(members), "account")
     say(f"{accounts} that setup made, with {format_bytes(size)}, will be deleted.")
-    for member in members:
-        if member not in ours:
-            say(f"{member.username} was not made by setup: it only leaves the course.")
-    names = {member.username for member in ours}
-    here = sorted({user.name for user in psutil.users()} & names)
-    if here:
-        say(f"Logged in at this moment: {', '.join(here)}.")
     if unretrieved:
         say(f"Work that was not retrieved: {', '.join(sorted(unretrieved))}.")
-    for username, reason in sorted(looks.failures.items()):
+    for username, reason in looks.failures.items():
         say(f"{username}: their work could not be looked at: {reason}")
 
 
-# -------------------------------------------------------------------------------------
-# The command line
-# -------------------------------------------------------------------------------------
+# == The command line ======================================================================
 
 COMMANDS: dict[str, Callable[[Course], int]] = {
     "setup": command_setup,
@@ -5024,24 +4626,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+
     for name, command in COMMANDS.items():
         text = str(command.__doc__).partition("\n")[0]
         example = f"Example: sudo notebooks.py {name} course.cfg"
         sub = commands.add_parser(name, help=text, description=text, epilog=example)
+        text = "configuration file (%(default)s)"
         sub.add_argument(
-            "config",
-            nargs="?",
-            type=Path,
-            default=Path("notebooks.cfg"),
-            help="configuration file (%(default)s)",
+            "config", nargs="?", type=Path, default=Path("notebooks.cfg"), help=text
         )
-        sub.add_argument(
-            "-v",
-            "--verbose",
-            action="count",
-            default=0,
-            help="say more; -vv also which programs are run",
-        )
+        text = "say more; -vv also which programs are run"
+        sub.add_argument("-v", "--verbose", action="count", default=0, help=text)
+
         if name == "remove":
             sub.add_argument("--yes", action="store_true", help="do not ask")
     return parser
@@ -5051,7 +4647,7 @@ def ensure_standard_streams() -> None:
     """Open /dev/null in the place of those that were closed, as by `>&-`."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -5080,7 +4676,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ensure_standard_streams()
     logging.basicConfig(format="notebooks.py: %(message)s", level=logging.WARNING)
     if len(arguments) == 2 and arguments[0] in ROLES and arguments[1].isdigit():
-        ROLES[arguments[0]](Channel(int(arguments[1])))
+        ROLES[arguments[0]](Channel(fileno=int(arguments[1])))
         return 0
 
     try:

@@ -97,7 +97,7 @@ def main(config_file: str, username: str) -> None:
     course = notebooks.load_course(Path(config_file), False)
     (member,) = (
         each
-        for each in notebooks.find_members(course.roster)
+        for each in notebooks.find_members(course.roster.students)
         if each.username == username
     )
     port = int(member.student.port)

@@ -476,6 +476,37 @@ def test_remove_says_how_much_it_deletes_and_what_was_not_retrieved(
     assert "not retrieved" not in course.check("remove", "--yes")
 
 
+def test_remove_says_whose_work_cannot_be_looked_at_before_it_asks(
+    make_course: CourseMaker,
+) -> None:
+    course = make_course(4)
+    closed, partly, gone, open_to_us = course.students
+    course.check("setup")
+    course.check("send")
+    course.check("retrieve")
+    run_as(closed, "chmod", "000", "course", check=True)
+    run_as(partly, "mkdir", "-m", "000", "course/secret", check=True)
+    run_as(gone, "rm", "-r", "course", check=True)
+    done = course.run("remove", stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and "without a terminal" in done.stderr
+    looked = {
+        name: reason
+        for name, _, reason in (
+            line.partition(": their work could not be looked at: ")
+            for line in done.stdout.splitlines()
+        )
+        if reason
+    }
+    assert looked == {
+        closed: f"'{course.home(closed)}/course': Permission denied",
+        partly: "'secret': Permission denied",
+        gone: f"'{course.home(gone)}/course': No such file or directory",
+    }
+    assert all(map(exists, course.students))
+    course.check("remove", "--yes")
+    assert not any(map(exists, course.students))
+
+
 @pytest.mark.parametrize(
     "comment",
     ["", notebooks.MARK, f",,,{notebooks.MARK}", f"{MARKED},more", f"{MARKED}x"],

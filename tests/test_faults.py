@@ -66,6 +66,32 @@ def test_a_template_that_cannot_start_ends_launch_with_the_reason(
     course.launch().wait_ready()
 
 
+def rehearsal_homes() -> set[Path]:
+    return {*notebooks.RUNTIME_DIR.glob("template-*")}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_a_template_that_ends_while_it_rehearses_leaves_no_home(
+    make_course: CourseMaker, signum: int
+) -> None:
+    course = make_course(1)
+    course.check("setup")
+    before = rehearsal_homes()
+    launch = course.launch()
+    wait_until(lambda: rehearsal_homes() - before, 30, "a rehearsal")
+    if signum == signal.SIGKILL:  # nobody is left to tidy up until the next command
+        launch.helper("template process").suspend()
+        template = launch.helper("template process")
+        launch.stop(signum)
+        template.kill()
+        wait_until(lambda: not template.is_running(), 10, "the template's end")
+        assert rehearsal_homes() - before
+        course.check("shutdown")
+    else:
+        assert launch.stop(signum) == 130
+    assert not rehearsal_homes() - before
+
+
 @contextlib.contextmanager
 def without_forks(pid: int) -> Iterator[None]:
     """Let a process have no child more than it has."""

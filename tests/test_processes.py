@@ -148,8 +148,7 @@ def find_jupyter(uid: int) -> list[psutil.Process]:
 def stop_jupyter(usernames: list[str]) -> dict[str, str]:
     outcome = Outcome()
     rows = [Student(i, name, "", "", "", "", "") for i, name in enumerate(usernames)]
-    members = [member for row in rows if (member := notebooks.find_member(row))]
-    notebooks.stop_jupyter(members, outcome)
+    notebooks.stop_jupyter(notebooks.find_members(rows), outcome)
     return outcome.failures
 
 
@@ -353,6 +352,14 @@ def test_a_student_who_fails_does_not_stop_the_others() -> None:
     }
     assert results.pop(3).startswith("its process ended unexpectedly")
     assert results == {1: "a reason", 2: r"No such file: 'a\nb'", 4: "done"}
+
+
+def test_no_reason_is_lost_when_two_things_fail() -> None:
+    outcome = Outcome()
+    for reason in ("the first reason", "the second"):
+        with outcome.step("ada"):
+            raise Error(reason)
+    assert outcome.failures == {"ada": "the first reason; the second"}
 
 
 def test_who_is_interrupted_ends_the_work_with_its_cleaning_up(tmp_path: Path) -> None:

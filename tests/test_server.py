@@ -21,8 +21,10 @@ import notebooks
 import psutil
 import pytest
 import support
+from conftest import CourseMaker
 from support import (
     ENVIRONMENT,
+    NOTEBOOKS,
     ROOT,
     Course,
     Launch,
@@ -125,6 +127,63 @@ def passwords(course: Course) -> dict[str, list[bytes]]:
         name: [row["nb-pass"].encode(), row["sys-pass"].encode()]
         for name, row in course.rows().items()
     }
+
+
+def test_a_kernel_without_a_path_runs_where_the_server_was_started(
+    course: Course, student: str
+) -> None:
+    """As a console's does: in plain Jupyter that is the directory of the notebooks."""
+    notebook = course.notebook(student)
+    notebook.start_kernel()
+    start_dir = course.home(student) / "course" / course.material.name
+    assert notebook.execute("import os; print(os.getcwd())") == str(start_dir)
+    notebook.api("DELETE", f"kernels/{notebook.kernel_id}")
+
+
+# Searches its session keyring for a key: keyctl(2), KEYCTL_SEARCH.
+FIND_KEY = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+found = libc.syscall({number}, 10, -3, b"user", b"teacher", 0) > 0
+"""
+# Executes its arguments in a new session keyring that has this key: add_key(2).
+WITH_KEY = f"""
+{FIND_KEY}
+import os, sys
+libc.syscall({{number}}, 1, None, 0, 0, 0)
+libc.syscall({{number}} - 2, b"user", b"teacher", b"secret", 6, -3)
+{FIND_KEY}
+assert found
+os.execv(sys.executable, [sys.executable, {{script!r}}, *sys.argv[1:]])
+"""
+
+
+def test_a_student_gets_no_key_of_who_launches(
+    make_course: CourseMaker, tmp_path: Path
+) -> None:
+    number = notebooks.keyctl_number()
+    assert number, "add the processor of this machine to SYS_KEYCTL"
+    script = tmp_path / "with-key.py"
+    script.write_text(WITH_KEY.format(number=number, script=str(NOTEBOOKS)))
+    course = make_course(1)
+    course.check("setup")
+    course.launch(script=script).wait_ready()
+    notebook = course.notebook(course.students[0])
+    find_key = FIND_KEY.format(number=number)
+    assert notebook.execute(f"{find_key}\nprint(found)") == "False"
+
+
+def test_launch_says_so_where_it_cannot_leave_the_keyring(course: Course) -> None:
+    """As on a processor of which it does not know the number of keyctl(2)."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import notebooks;"
+        f" notebooks.SYS_KEYCTL.clear(); notebooks.main(['launch', {str(course.config)!r}])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=60
+    )
+    assert "students' processes keep the session keyring of this launch" in done.stderr
+    assert "launch runs already" in done.stderr
 
 
 def make_notebook(notebook: Notebook, path: str) -> None:
