@@ -451,8 +451,7 @@ def main() -> int:
     parser.add_argument("--herd", type=int, default=0)
     parser.add_argument("--lesson", type=float, default=0, metavar="MINUTES")
     options = parser.parse_args()
-    conftest.enter_private_namespace()
-    conftest.choose_uids()
+    conftest.enter_private_host()
     BENCH.mkdir(exist_ok=True)
     rows = []
     lines = [describe_machine(), HEADER]

@@ -1,18 +1,24 @@
 """The ground that the tests stand on: accounts that are real but not the machine's.
 
 As root, the test run enters a mount namespace of its own whose /etc, /home and /var are
-overlays: useradd, chpasswd and userdel work there as always, and nothing remains. That
-does not isolate processes, ports and /tmp: tests end what they start. All that runs in
-the namespace was started by the tests, so what is left in it at the end is a failure.
+overlays: useradd, chpasswd and userdel work there as always, and nothing remains.
+People and courses of the machine do not exist there. That does not isolate processes,
+ports and /tmp: tests end what they start, and their accounts have numbers that nobody
+else has. All that runs in the namespace was started by the tests, so what is left in it
+at the end is a failure.
 """
 
 import atexit
 import contextlib
 import ctypes
+import grp
 import os
+import pwd
 import re
 import shutil
+import stat
 import subprocess
+import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +31,8 @@ from selenium.webdriver.chrome.webdriver import WebDriver
 import support
 
 CLONE_NEWNS = 0x00020000  # <linux/sched.h>
+FIRST_PERSON = 1000  # the system's own are below, and NOBODY: Debian's policy, 9.2.2
+NOBODY = 65534
 IS_ROOT = os.geteuid() == 0
 MACHINE_ROOT = os.open("/", os.O_PATH | os.O_DIRECTORY)  # in the machine's namespace
 
@@ -33,12 +41,8 @@ def mount(*arguments: str) -> None:
     subprocess.run(["mount", "--no-mtab", *arguments], check=True)
 
 
-def enter_private_namespace() -> None:
-    """Give this process, and all that it starts, accounts and homes of their own.
-
-    Source: unshare(2), mount(8), the kernel's overlayfs.rst. `xino` keeps one device
-    number for all files of an overlay, as on any ordinary file system.
-    """
+def unshare_mounts() -> None:
+    """Give this process, and all that it starts, a mount namespace: unshare(2)."""
     if threading.active_count() > 1:  # only the calling thread would enter it
         raise RuntimeError("there are threads already")
     libc = ctypes.CDLL(None, use_errno=True)
@@ -46,25 +50,103 @@ def enter_private_namespace() -> None:
         number = ctypes.get_errno()
         raise OSError(number, f"unshare: {os.strerror(number)}")
     mount("--make-rprivate", "/")
+
+
+def hide_homes(upper: Path) -> None:
+    """Cover what is in /home, unless this test run lies in it, by whiteouts.
+
+    Source: the kernel's overlayfs.rst, whiteouts and opaque directories.
+    """
+    needed = [support.ROOT, Path(sys.prefix), Path(sys.base_prefix)]
+    for home in Path("/home").iterdir():
+        if not any(path.is_relative_to(home) for path in needed):
+            os.mknod(upper / home.name, stat.S_IFCHR, os.makedev(0, 0))
+
+
+def mount_overlays() -> None:
+    """Let nothing that is written to /etc, /home and /var reach the machine.
+
+    Source: mount(8), the kernel's overlayfs.rst. `xino` keeps one device number for all
+    files of an overlay, as on any ordinary file system.
+    """
     mount("-t", "tmpfs", "-o", "mode=0755", "tmpfs", "/mnt")
     for name in ("etc", "home", "var"):
         upper, work = Path("/mnt", name, "upper"), Path("/mnt", name, "work")
         upper.mkdir(parents=True)
         work.mkdir()
         shutil.copystat(f"/{name}", upper)
+        if name == "home":
+            hide_homes(upper)
         layers = f"lowerdir=/{name},upperdir={upper},workdir={work},xino=on"
         mount("-t", "overlay", "-o", layers, "overlay", f"/{name}")
     subprocess.run(["umount", "--no-mtab", "--lazy", "/mnt"], check=True)
 
 
-def choose_uids() -> None:
-    """Let useradd take uids that neither the machine nor another test run has."""
-    low = 10000 + 1000 * (os.getpid() % 50)
+def is_person(number: int) -> bool:
+    """Say whether it is the uid or gid of a person, or of a group of people."""
+    return FIRST_PERSON <= number != NOBODY
+
+
+def delete_entries(path: Path, names: set[str]) -> None:
+    """Delete the lines of these names from a file like /etc/passwd."""
+    if path.exists():
+        encoded = {os.fsencode(name) for name in names}
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.split(b":")[0] not in encoded]
+        path.write_bytes(b"".join(kept))
+
+
+def hide_people() -> None:
+    """Take the machine's people, their groups and its course out of the overlays.
+
+    Source: passwd(5), shadow(5), subuid(5), group(5), gshadow(5).
+    """
+    people = {entry.pw_name for entry in pwd.getpwall() if is_person(entry.pw_uid)}
+    groups = {entry.gr_name for entry in grp.getgrall() if is_person(entry.gr_gid)}
+    for name in ("passwd", "shadow", "subuid", "subgid"):
+        delete_entries(Path("/etc", name), people)
+    for name in ("group", "gshadow"):
+        delete_entries(Path("/etc", name), groups)
+    runtime_directory = Path("/var/lib/notebooks")
+    if runtime_directory.exists():
+        shutil.rmtree(runtime_directory)
+
+
+def find_unused_ids() -> range:
+    """Return numbers that no account, group or process of the machine has.
+
+    Processes, files in /tmp and shared memory are the machine's: `remove` would end and
+    delete those of anybody who has the number of a student. That of this process leads
+    each of two test runs to other numbers.
+    """
+    used = {entry.pw_uid for entry in pwd.getpwall()}
+    used |= {entry.gr_gid for entry in grp.getgrall()}
+    for process in psutil.process_iter(["uids", "gids"]):
+        used |= {*process.info["uids"], *process.info["gids"]}
+    firsts = range(10000, 60000, 1000)
+    for i in range(len(firsts)):
+        first = firsts[(os.getpid() + i) % len(firsts)]
+        if used.isdisjoint(range(first, first + 1000)):
+            return range(first, first + 1000)
+    raise OSError("accounts or processes have a number in each thousand below 60000")
+
+
+def choose_uids(ids: range) -> None:
+    """Let useradd and groupadd take these numbers: login.defs(5)."""
     path = Path("/etc/login.defs")
     text = re.sub(r"(?m)^[ \t#]*[UG]ID_(MIN|MAX)\b.*\n", "", path.read_text())
     for kind in ("UID", "GID"):
-        text += f"{kind}_MIN {low}\n{kind}_MAX {low + 999}\n"
+        text += f"{kind}_MIN {ids[0]}\n{kind}_MAX {ids[-1]}\n"
     path.write_text(text)
+
+
+def enter_private_host() -> None:
+    """Give this process, and all that it starts, a host without people and courses."""
+    ids = find_unused_ids()  # while the machine's people can be seen
+    unshare_mounts()
+    mount_overlays()
+    hide_people()
+    choose_uids(ids)
 
 
 def measure_processes() -> None:
@@ -92,10 +174,9 @@ def pytest_configure() -> None:
     """Prepare the ground; touch nothing if it cannot be prepared."""
     if IS_ROOT:
         try:
-            enter_private_namespace()
+            enter_private_host()
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             pytest.exit(f"The tests need a mount namespace of their own: {error}", 3)
-        choose_uids()
         measure_processes()
 
 

@@ -1,13 +1,15 @@
 """What the other tests rely on: an account of theirs never reaches the machine."""
 
+import grp
 import os
 import pwd
+import shutil
 import subprocess
 from pathlib import Path
 
 import conftest
 import pytest
-from support import Course, is_ours, run_as, wait_until
+from support import Course, in_child, is_ours, run_as, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -17,8 +19,8 @@ def machine(path: str) -> Path:
     return Path(f"/proc/self/fd/{conftest.MACHINE_ROOT}") / path.lstrip("/")
 
 
-def add_account(username: str) -> None:
-    subprocess.run(["useradd", "--create-home", username], check=True)
+def add_account(username: str, *options: str) -> None:
+    subprocess.run(["useradd", "--create-home", *options, username], check=True)
 
 
 def test_an_account_of_a_test_does_not_reach_the_machine(course: Course) -> None:
@@ -29,6 +31,38 @@ def test_an_account_of_a_test_does_not_reach_the_machine(course: Course) -> None
     assert course.home(username).is_dir()
     assert [machine(path).read_bytes() for path in files] == before
     assert not machine(f"/home/{username}").exists()
+
+
+def start_course_of_the_machine(directory: Path) -> int:
+    """Make this process see a machine with a course; return the uid of its student."""
+    conftest.unshare_mounts()
+    conftest.mount("-t", "tmpfs", "-o", "mode=0755", "tmpfs", str(directory))
+    shutil.copytree("/etc", directory / "etc", symlinks=True)
+    for name in ("etc", "home", "var"):
+        directory.joinpath(name).mkdir(exist_ok=True)
+        conftest.mount("--bind", str(directory / name), f"/{name}")
+    uid = conftest.find_unused_ids()[0]  # these would be the tests' if it were free
+    subprocess.run(["groupadd", "students"], check=True)
+    add_account("ada", "--uid", str(uid), "--groups", "students")
+    Path("/var/lib/notebooks").mkdir(parents=True)
+    return uid
+
+
+def test_a_course_of_the_machine_does_not_exist_for_the_tests(tmp_path: Path) -> None:
+    def look() -> tuple[set[str], set[str], int, int]:
+        theirs = start_course_of_the_machine(tmp_path)
+        assert conftest.find_unused_ids()[0] != theirs
+        conftest.enter_private_host()
+        assert not any(map(os.path.lexists, ("/home/ada", "/var/lib/notebooks")))
+        accounts = {entry.pw_name for entry in pwd.getpwall()}
+        groups = {entry.gr_name for entry in grp.getgrall()}
+        add_account("ada")
+        return accounts, groups, theirs, pwd.getpwnam("ada").pw_uid
+
+    accounts, groups, theirs, ours = in_child(look)
+    assert {"root", "daemon", "nobody"} <= accounts and "ada" not in accounts
+    assert {"root", "sudo", "nogroup"} <= groups and not {"ada", "students"} & groups
+    assert ours // 1000 != theirs // 1000
 
 
 def test_all_files_of_a_home_are_on_one_device(course: Course) -> None:
