@@ -16,6 +16,7 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -149,6 +150,22 @@ def enter_private_host() -> None:
     choose_uids(ids)
 
 
+def heed_signals() -> None:
+    """Let programs that this process starts get the signals that it was told to ignore.
+
+    A script starts what is followed by `&` with SIGINT and SIGQUIT ignored, and nohup
+    adds SIGHUP. Programs inherit that, and which signals are blocked, but they never
+    inherit a handler: execve(2). So this process goes on to ignore them by a handler
+    that does nothing, but for SIGINT, which ends the test run as usual.
+    """
+    for signum in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        if signal.getsignal(signum) == signal.SIG_IGN:
+            signal.signal(signum, lambda signum, frame: None)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
 def measure_processes() -> None:
     """Have coverage started in each notebooks.py, if it runs here.
 
@@ -172,6 +189,7 @@ def measure_processes() -> None:
 
 def pytest_configure() -> None:
     """Prepare the ground; touch nothing if it cannot be prepared."""
+    heed_signals()
     if IS_ROOT:
         try:
             enter_private_host()

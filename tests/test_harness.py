@@ -4,6 +4,7 @@ import grp
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -63,6 +64,23 @@ def test_a_course_of_the_machine_does_not_exist_for_the_tests(tmp_path: Path) ->
     assert {"root", "daemon", "nobody"} <= accounts and "ada" not in accounts
     assert {"root", "sudo", "nogroup"} <= groups and not {"ada", "students"} & groups
     assert ours // 1000 != theirs // 1000
+
+
+def test_signals_that_are_ignored_here_reach_the_programs_that_tests_start() -> None:
+    """As in a test run that a script has started with nohup, and in the background."""
+    signals = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
+
+    def ends_of_programs() -> list[int]:
+        for signum in signals:
+            signal.signal(signum, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        conftest.heed_signals()
+        return [
+            subprocess.run(["sh", "-c", f"kill -{signum:d} $$"]).returncode
+            for signum in signals
+        ]
+
+    assert in_child(ends_of_programs) == [-signum for signum in signals]
 
 
 def test_all_files_of_a_home_are_on_one_device(course: Course) -> None:
