@@ -632,8 +632,11 @@ def test_a_kernel_holds_nothing_of_the_servers_and_of_roots(
     uid = pwd.getpwnam(student).pw_uid
     lines = [line.split(" ", 1) for line in notebook.execute(DESCRIPTORS).splitlines()]
     foreign = {target for owner, target in lines if int(owner) != uid}
-    harmless = ("/dev/null", "anon_inode:", "pipe:")
-    assert not [target for target in foreign if not target.startswith(harmless)]
+    # libffi may keep itself open, to map its trampolines; everybody may read it.
+    harmless = re.compile(
+        r"/dev/null$|anon_inode:|pipe:|/usr/lib/[\w/-]+/libffi\.so\.[\d.]+$"
+    )
+    assert not [target for target in foreign if not harmless.match(target)]
     for row in course.rows().values():
         assert not [target for _, target in lines if f" {row['port']}," in target]
     assert [target for _, target in lines if target.startswith("AF_UNIX")]
