@@ -145,6 +145,16 @@ def run_on_terminal(
     )
 
 
+def wait_for_read(terminal: "pexpect.spawn[str]") -> None:
+    """Wait until the program sleeps in a call that reads its standard input.
+
+    A Ctrl-C between the prompt and the read of Python's input() is noticed only after
+    the next line. The first argument of the call is the descriptor: proc(5), syscall.
+    """
+    path = Path(f"/proc/{terminal.pid}/syscall")
+    wait_until(lambda: path.read_text().split()[1:2] == ["0x0"], 10, "a read")
+
+
 def run_as(
     username: str, *command: object, timeout: float = 60.0, **options: Any
 ) -> subprocess.CompletedProcess[str]:

@@ -23,6 +23,7 @@ from support import (
     run_as,
     run_on_terminal,
     start,
+    wait_for_read,
     wait_until,
 )
 
@@ -419,6 +420,7 @@ def test_remove_asks_on_a_terminal_and_needs_yes_without_one(course: Course) -> 
         assert terminal.exitstatus == 2
     with run_on_terminal("remove", course.config) as terminal:
         terminal.expect_exact("everything in their homes?")
+        wait_for_read(terminal)
         terminal.sendintr()
         terminal.expect_exact("interrupted")
         terminal.expect_exact(terminal.delimiter)
