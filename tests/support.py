@@ -54,6 +54,19 @@ SECTIONS = {
     " list_students on_demand idle_minutes idle_kernel_minutes",
     "Shutdown": "storage_dir owner retrieve_limit",
 }
+CA_CONFIGURATION = """\
+[ca]
+default_ca = tests
+[tests]
+database = {0}/database
+new_certs_dir = {0}
+rand_serial = yes
+default_md = sha256
+copy_extensions = copy
+policy = any
+[any]
+commonName = supplied
+"""
 
 Value = TypeVar("Value")
 
@@ -254,26 +267,35 @@ def make_certificate(
     key: str = "ec",
     passphrase: str = "",
 ) -> tuple[Path, Path]:
-    """Write a certificate for localhost, valid from now (-1 days: until yesterday).
+    """Write a certificate for localhost, valid for these days (-1: until yesterday).
+
+    It is made as a CA does it, since `openssl x509` knows dates only from 3.4 on, which
+    refuses negative days.
 
     Returns: the files of the certificate and of its key (`ec` or `rsa`).
     """
     cert_file, key_file = directory / f"{name}.pem", directory / f"{name}.key"
     size = {"ec": "ec_paramgen_curve:P-256", "rsa": "rsa_keygen_bits:2048"}[key]
     hide = f"-passout pass:{passphrase}" if passphrase else "-nodes"
-    request = subprocess.run(
-        f"openssl req -new -newkey {key} -pkeyopt {size} {hide} -subj /CN=localhost"
-        f" -addext subjectAltName=DNS:localhost -keyout {key_file}".split(),
-        check=True,
-        capture_output=True,
+    now = time.time()
+    first, last = (
+        time.strftime("%Y%m%d%H%M%SZ", time.gmtime(now + each * 24 * 3600))
+        for each in (-2, days)
     )
-    subprocess.run(
-        f"openssl x509 -req -days {days} -copy_extensions copy -signkey {key_file}"
-        f" -passin pass:{passphrase} -out {cert_file}".split(),
-        input=request.stdout,
-        check=True,
-        capture_output=True,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch, "database").touch()
+        Path(scratch, "ca.cnf").write_text(CA_CONFIGURATION.format(scratch))
+        for command in (
+            f"req -new -newkey {key} -pkeyopt {size} {hide} -subj /CN=localhost"
+            f" -addext subjectAltName=DNS:localhost -keyout {key_file}"
+            f" -out {scratch}/request",
+            f"ca -config {scratch}/ca.cnf -batch -selfsign -in {scratch}/request"
+            f" -keyfile {key_file} -passin pass:{passphrase} -startdate {first}"
+            f" -enddate {last} -notext -out {cert_file}",
+        ):
+            subprocess.run(
+                ["openssl", *command.split()], check=True, capture_output=True
+            )
     return cert_file, key_file
 
 
