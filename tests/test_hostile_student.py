@@ -391,7 +391,7 @@ def test_a_process_that_cannot_be_looked_at_holds_nobody_up(
         for path in (Path(directory), device):
             path.chmod(0o777)
         for command in (["shutdown"], ["remove", "--yes"]):
-            holder = subprocess.Popen(
+            with subprocess.Popen(
                 [
                     sys.executable,
                     "-c",
@@ -404,13 +404,17 @@ def test_a_process_that_cannot_be_looked_at_holds_nobody_up(
                 extra_groups=[],
                 stdout=subprocess.PIPE,
                 text=True,
-            )
-            assert holder.stdout
-            if not holder.stdout.readline():
-                pytest.skip("needs FUSE in user namespaces")
-            status = Path(f"/proc/{holder.pid}/status")
-            wait_until(lambda: "\nState:\tD" in status.read_text(), 10, "the lock")
-            course.check(*command)
-            holder.communicate()
+            ) as holder:
+                try:
+                    assert holder.stdout
+                    if not holder.stdout.readline():
+                        pytest.skip("needs FUSE in user namespaces")
+                    status = Path(f"/proc/{holder.pid}/status")
+                    stuck = "\nState:\tD"
+                    wait_until(lambda: stuck in status.read_text(), 10, "the lock")
+                    course.check(*command)
+                    holder.communicate()
+                finally:
+                    holder.kill()
             assert course.processes() == []
         assert launch.process.poll() is None
