@@ -15,12 +15,19 @@ PSS of all other processes of the contender. Then, for this project: how long a 
 visitor waits on demand, log-ins a second, and a herd of students who come within ten
 seconds, log in and run a cell; and what servers hold after a lesson. The table
 and a plot are written into bench/.
+
+A contender may lose a student: the server does not start in time, or its kernel, the
+WebSocket or a cell fails. That is a figure like the others, which are then those of the
+students who were not lost. What happened is told at once, and with its traceback in
+bench/lost.txt. The exit status is 1 if this project lost anybody.
 """
 
 import argparse
 import contextlib
+import http.client
 import importlib.metadata
 import json
+import math
 import os
 import pwd
 import secrets
@@ -30,10 +37,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+import urllib.parse
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import psutil
 
@@ -44,7 +53,12 @@ import support
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 # Where `make bench` installs JupyterHub and its proxy.
 HUB_PREFIX = Path(os.environ.get("BENCH_PREFIX", "/opt/notebooks-bench"))
+OURS, ON_DEMAND = "notebooks.py", "  on demand, idle"
+PLAIN, HUB = "jupyter-notebook", "JupyterHub"
 HERD_SECONDS = 10.0  # within which the herd comes
+START_SECONDS = 60.0  # in which a server that starts alone must answer,
+CROWD_SECONDS = 600.0  # all servers that start at once,
+CELL_SECONDS = 60.0  # and a cell of a lesson
 HUB_CONFIG = """
 c.JupyterHub.authenticator_class = "dummy"
 c.Authenticator.allow_all = True
@@ -64,11 +78,32 @@ c.JupyterHub.log_level = c.Spawner.log_level = "WARN"
 """
 
 
+Value = TypeVar("Value")
+
+
+class Started(NamedTuple):
+    """What a contender has started, and how long that took.
+
+    `students` are those who were not lost; `others`, the processes of no student.
+    """
+
+    seconds: float
+    students: Collection[str]
+    others: Collection[psutil.Process]
+
+
+NOTHING = Started(math.nan, [], [])
+
+
 class Row(NamedTuple):
-    """What one contender cost; memory in kB, times in seconds."""
+    """What one contender cost; memory in kB, times in seconds.
+
+    All but `lost` and `rest_pss` is of those who were not lost: NaN if all were.
+    """
 
     contender: str
     students: int
+    lost: int
     seconds: float
     cpu_seconds: float
     pss: float
@@ -76,66 +111,114 @@ class Row(NamedTuple):
     rest_pss: float
 
 
-HEADER = "contender             students  seconds  CPU s each  PSS each  private   rest"
+class Note(NamedTuple):
+    """What else a contender cost, in words, and how many students it lost."""
+
+    contender: str
+    lost: int
+    text: str
+
+
+HEADER = (
+    "contender             students  lost  seconds"
+    "  CPU s each  PSS each  private   rest"
+)
 
 
 def format_row(row: Row) -> str:
     return (
-        f"{row.contender:<22}{row.students:>8}{row.seconds:>9.1f}"
+        f"{row.contender:<22}{row.students:>8}{row.lost:>6}{row.seconds:>9.1f}"
         f"{row.cpu_seconds:>12.3f}{row.pss / 1000:>7.1f} MB"
         f"{row.private / 1000:>6.1f} MB{row.rest_pss / 1000:>4.0f} MB"
     )
 
 
-def memory(process: psutil.Process) -> tuple[int, int]:
-    """Return the PSS and the private memory of a process in kB (proc(5))."""
-    pss = private = 0
-    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-    for line in text.splitlines()[1:]:
-        name, number, *_ = line.split()
-        pss += int(number) * (name == "Pss:")
-        private += int(number) * name.startswith("Private_")
-    return pss, private
+class Cost(NamedTuple):
+    """What processes have used and hold together; memory in kB."""
+
+    cpu_seconds: float
+    pss: float
+    private: float
 
 
-def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
-    """Return what processes and the children that they waited for have used."""
-    return sum(sum(process.cpu_times()[:4]) for process in processes)
+def cost_of(processes: Iterable[psutil.Process]) -> Cost:
+    """Return what processes cost, with the CPU time of children they waited for.
+
+    Source: proc(5). What has ended meanwhile costs nothing.
+    """
+    cpu_seconds = pss = private = 0.0
+    for process in processes:
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            cpu_seconds += sum(process.cpu_times()[:4])
+            for line in text.splitlines()[1:]:
+                name, number, *_ = line.split()
+                pss += int(number) * (name == "Pss:")
+                private += int(number) * name.startswith("Private_")
+    return Cost(cpu_seconds, pss, private)
 
 
-def wait_for_answer(url: str, statuses: tuple[int, ...] = (200,)) -> None:
+def wait_for_answer(
+    url: str, seconds: float = START_SECONDS, statuses: tuple[int, ...] = (200,)
+) -> float:
+    """Return when (time.monotonic) a server has answered."""
+
     def answers() -> bool:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, http.client.HTTPException):
             return support.fetch(url).status in statuses
         return False
 
-    support.wait_until(answers, 600, f"an answer of {url}")
+    support.wait_until(answers, seconds, f"an answer of {url}")
+    return time.monotonic()
+
+
+def attempt(
+    who: str, function: Callable[..., Value], *arguments: object
+) -> Value | None:
+    """Return what a function returns, or nothing if it raised, which is told.
+
+    A contender can fail in any way, hence no exception ends the benchmark.
+    """
+    try:
+        return function(*arguments)
+    except Exception as error:
+        with (BENCH / "lost.txt").open("a") as file:
+            traceback.print_exception(error, file=file)
+        print(f"  lost: {who}: {error!r:.200}", flush=True)
+        return None
+
+
+def attempt_all(
+    function: Callable[[str], Value], students: Sequence[str], at_once: int = 1
+) -> dict[str, Value]:
+    """Return what a function returns for each student who is not lost."""
+    with ThreadPoolExecutor(at_once) as pool:
+        values = pool.map(lambda student: attempt(student, function, student), students)
+        pairs = zip(students, values)
+        return {student: value for student, value in pairs if value is not None}
+
+
+def last(times: dict[str, float]) -> float:
+    return max(times.values(), default=math.nan)
 
 
 def measure(
-    contender: str,
-    course: support.Course,
-    start: Callable[[], list[psutil.Process]],
+    contender: str, course: support.Course, start: Callable[[], Started]
 ) -> Row:
-    """Start servers, wait for their answers, and look at what they hold.
-
-    `start` returns the other processes of the contender.
-    """
-    begin = time.monotonic()
-    others = start()
-    seconds = time.monotonic() - begin
+    """Start servers, wait for their answers, and look at what they hold."""
+    seconds, students, others = attempt(contender, start) or NOTHING
     time.sleep(2)  # until it is quiet
-    servers = course.processes()
-    sizes = [memory(process) for process in servers]
-    number = len(course.students)
+    cost = cost_of(support.processes_of(students))
+    number = len(students) or math.nan
     return Row(
         contender,
-        number,
+        len(course.students),
+        len(course.students) - len(students),
         seconds,
-        cpu_seconds(servers) / number,
-        sum(pss for pss, _ in sizes) / number,
-        sum(private for _, private in sizes) / number,
-        sum(memory(process)[0] for process in others),
+        cost.cpu_seconds / number,
+        cost.pss / number,
+        cost.private / number,
+        cost_of(others).pss,
     )
 
 
@@ -149,23 +232,38 @@ def launch_processes(launch: support.Launch) -> list[psutil.Process]:
     return [launcher, *launcher.children()]
 
 
-def start_ours(course: support.Course, script: Path) -> list[psutil.Process]:
+def start_ours(course: support.Course, script: Path) -> Started:
+    begin = time.monotonic()
     launch = course.launch(script=script).wait_ready(300)
-    if course.settings.get("on_demand") != "yes":
-        for username in course.students:
-            wait_for_answer(f"{course.notebook_url(username)}login")
-    return launch_processes(launch)
+    if course.settings.get("on_demand") == "yes":
+        answers = dict.fromkeys(course.students, time.monotonic())
+    else:
+        answers = attempt_all(
+            lambda username: wait_for_answer(f"{course.notebook_url(username)}login"),
+            course.students,
+        )
+    return Started(last(answers) - begin, answers, launch_processes(launch))
 
 
-def start_plain(course: support.Course) -> list[psutil.Process]:
-    """Start a plain server for each student as a teacher would without any tool."""
+def plain_url(course: support.Course, username: str) -> str:
+    port = course.port + 1 + course.students.index(username)
+    return f"http://localhost:{port}/{username}/"
+
+
+def start_plain(course: support.Course) -> Started:
+    """Start a plain server for each student as a teacher would without any tool.
+
+    Each is waited for before the next one; the wait for one that is lost is left out.
+    """
     rows = course.rows()
     program = Path(sys.executable).with_name("jupyter-notebook")
-    for number, username in enumerate(course.students, 1):
-        port = course.port + number
+
+    def start(username: str) -> float:
+        begin = time.monotonic()
+        url = urllib.parse.urlsplit(plain_url(course, username))
         command = (
-            f"{program} --no-browser --ip=127.0.0.1 --port={port} --port-retries=0"
-            f" --ServerApp.base_url=/{username}/ --notebook-dir=course/material"
+            f"{program} --no-browser --ip=127.0.0.1 --port={url.port} --port-retries=0"
+            f" --ServerApp.base_url={url.path} --notebook-dir=course/material"
             " --PasswordIdentityProvider.hashed_password="
             + notebooks.hash_password(rows[username]["nb-pass"])
         )
@@ -176,13 +274,15 @@ def start_plain(course: support.Course) -> list[psutil.Process]:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        wait_for_answer(f"http://localhost:{port}/{username}/login")
-    return []
+        return wait_for_answer(f"{url.geturl()}login") - begin
+
+    seconds = attempt_all(start, course.students)
+    return Started(sum(seconds.values()) or math.nan, seconds, [])
 
 
 @contextlib.contextmanager
-def running_hub(course: support.Course) -> Iterator[tuple[str, str, psutil.Process]]:
-    """Yield the address of a JupyterHub, a token of its API and its process."""
+def running_hub(course: support.Course) -> Iterator[tuple[str, str]]:
+    """Yield the address of a JupyterHub, which need not answer yet, and a token."""
     directory, token = course.directory, secrets.token_hex(16)
     config = directory / "jupyterhub_config.py"
     port = course.port
@@ -203,9 +303,7 @@ def running_hub(course: support.Course) -> Iterator[tuple[str, str, psutil.Proce
             stderr=log,
         )
     try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for_answer(f"{url}/hub/health")
-        yield url, token, psutil.Process(process.pid)
+        yield f"http://127.0.0.1:{port}", token
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -223,27 +321,28 @@ def hub_processes(directory: Path) -> list[psutil.Process]:
     return found
 
 
-def start_hub(
-    course: support.Course, url: str, token: str, hub: psutil.Process
-) -> list[psutil.Process]:
+def start_hub(course: support.Course, url: str, token: str) -> Started:
     """Ask for all servers at once, and wait for the last."""
     headers = {"Authorization": f"token {token}"}
 
-    def start(username: str) -> None:
+    def start(username: str) -> float:
         api = f"{url}/hub/api/users/{username}"
         support.fetch(api, "POST", "", headers)
-        support.fetch(f"{api}/server", "POST", "", headers, timeout=900)
-        wait_for_answer(f"{url}/user/{username}/api/status", (302, 403))
+        asked = support.fetch(f"{api}/server", "POST", "", headers, timeout=900)
+        assert asked.status < 400, asked
+        page = f"{url}/user/{username}/api/status"
+        wait_for_answer(page, CROWD_SECONDS, (302, 403))
 
         def is_ready() -> bool:
             user = support.fetch(api, headers=headers).json
             return bool(user["servers"].get("", {}).get("ready"))
 
-        support.wait_until(is_ready, 600, f"the server of {username}")
+        support.wait_until(is_ready, CROWD_SECONDS, f"the server of {username}")
+        return time.monotonic()
 
-    with ThreadPoolExecutor(len(course.students)) as pool:
-        list(pool.map(start, course.students))
-    return [hub, *(x for x in hub.children(True) if x.uids().real == 0)]
+    begin = wait_for_answer(f"{url}/hub/health")
+    answers = attempt_all(start, course.students, len(course.students))
+    return Started(last(answers) - begin, answers, hub_processes(course.directory))
 
 
 # ---------------------------------------------------------------------------------------
@@ -251,32 +350,60 @@ def start_hub(
 # ---------------------------------------------------------------------------------------
 
 
-def first_visit_seconds(course: support.Course) -> list[float]:
-    """Return how long first visitors wait, one after the other, for a log-in page."""
-    waits = []
-    for username in course.students:
+def in_words(waits: Iterable[float]) -> str:
+    ordered = sorted(waits) or [math.nan]
+    median, longest = ordered[len(ordered) // 2], ordered[-1]
+    return f"{median:.2f} s (median), {longest:.2f} s (longest)"
+
+
+def measure_visits(course: support.Course) -> Note:
+    """Have first visitors come one by one, then all log in, eight at a time."""
+
+    def visit(username: str) -> float:
         begin = time.monotonic()
-        wait_for_answer(f"{course.notebook_url(username)}login")
-        waits.append(time.monotonic() - begin)
-    return sorted(waits)
+        return wait_for_answer(f"{course.notebook_url(username)}login") - begin
+
+    def log_in(username: str) -> float:
+        course.notebook(username)
+        return time.monotonic()
+
+    waits = attempt_all(visit, course.students)
+    begin = time.monotonic()
+    logged_in = attempt_all(log_in, course.students, at_once=8)
+    speed = len(logged_in) / (last(logged_in) - begin)
+    students = len(course.students)
+    lost = students - len(waits.keys() & logged_in.keys())
+    text = (
+        f"  first visits: {in_words(waits.values())}; {speed:.0f} log-ins per second;"
+        f" {lost} of {students} lost"
+    )
+    return Note(OURS, lost, text)
 
 
-def log_ins_per_second(course: support.Course) -> float:
-    with ThreadPoolExecutor(8) as pool:
-        begin = time.monotonic()
-        list(pool.map(course.notebook, course.students))
-        return len(course.students) / (time.monotonic() - begin)
+def run_cell(notebook: support.Notebook, code: str, seconds: float) -> str:
+    """Run a cell that must end in time, whatever becomes of its kernel.
+
+    The socket's own time limit begins again with each ping of the server.
+    """
+    channels = notebook.kernel_channels
+    assert channels is not None
+    timer = threading.Timer(seconds, channels.abort)
+    timer.start()
+    try:
+        return notebook.execute(code)
+    finally:
+        timer.cancel()
 
 
-def herd_waits(course: support.Course) -> list[float]:
+def herd_waits(course: support.Course) -> dict[str, float]:
     """Return how long each of a herd waited from the first visit to a cell's result."""
     rows = course.rows()
-    context = course.context()
 
-    def come(number: int) -> float:
-        username = course.students[number]
+    def come(username: str) -> float:
+        number = course.students.index(username)
         time.sleep(HERD_SECONDS * number / len(course.students))
         begin = time.monotonic()
+        context = course.context()
 
         def address() -> str:
             page = support.fetch(
@@ -290,12 +417,12 @@ def herd_waits(course: support.Course) -> list[float]:
         with notebook:
             notebook.log_in(rows[username]["nb-pass"])
             notebook.seconds = 300
-            assert notebook.execute("6 * 7") == "42"
+            notebook.start_kernel()
+            assert run_cell(notebook, "6 * 7", 300) == "42"
         return time.monotonic() - begin
 
     threading.stack_size(1 << 18)
-    with ThreadPoolExecutor(len(course.students)) as pool:
-        return sorted(pool.map(come, range(len(course.students))))
+    return attempt_all(come, course.students, at_once=len(course.students))
 
 
 def attend(notebook: support.Notebook, password: str, minutes: float) -> None:
@@ -310,42 +437,46 @@ def attend(notebook: support.Notebook, password: str, minutes: float) -> None:
             for path in ("contents", "contents/welcome.ipynb", "kernels", "sessions"):
                 notebook.api("GET", path)
             for number in range(5):
-                notebook.execute(
-                    f"x = [i * i for i in range({number}000)]; print(len(x))"
-                )
+                code = f"x = [i * i for i in range({number}000)]; print(len(x))"
+                run_cell(notebook, code, CELL_SECONDS)
             model = notebook.api("GET", "contents/welcome.ipynb")
             content = {"type": "notebook", "content": model["content"]}
             notebook.api("PUT", "contents/welcome.ipynb", content)
             time.sleep(10)
 
 
-def measure_lesson(students: int, minutes: float, script: Path) -> Iterator[str]:
+def measure_lesson(students: int, minutes: float, script: Path) -> Iterator[Note]:
     """Have both contenders' students in a lesson at the same time, then look."""
     with made_course(students) as ours, made_course(students) as plain:
-        start_ours(ours, script)
-        start_plain(plain)
-        urls = {username: ours.notebook_url(username) for username in ours.students}
-        for number, username in enumerate(plain.students, 1):
-            urls[username] = f"http://localhost:{plain.port + number}/{username}/"
+        present = [
+            *(attempt(OURS, start_ours, ours, script) or NOTHING).students,
+            *(attempt(PLAIN, start_plain, plain) or NOTHING).students,
+        ]
         rows = ours.rows() | plain.rows()
 
-        def take_part(username: str) -> None:
-            notebook = support.Notebook(urls[username])
-            attend(notebook, rows[username]["nb-pass"], minutes)
-
-        with ThreadPoolExecutor(len(urls)) as pool:
-            list(pool.map(take_part, urls))
-        for name, course in (("notebooks.py", ours), ("jupyter-notebook", plain)):
-            servers = [
-                x for x in course.processes() if "kernel" not in support.title_of(x)
-            ]
-            sizes = [memory(process) for process in servers]
-            private = sum(size for _, size in sizes) / students / 1000
-            seconds = cpu_seconds(servers) / students
-            yield (
-                f"after a lesson of {minutes:g} minutes, {students} students, {name}:"
-                f" private {private:.1f} MB, CPU {seconds:.1f} s for each server"
+        def take_part(username: str) -> bool:
+            url = (
+                ours.notebook_url(username)
+                if username in ours.students
+                else plain_url(plain, username)
             )
+            attend(support.Notebook(url), rows[username]["nb-pass"], minutes)
+            return True
+
+        came = attempt_all(take_part, present, at_once=2 * students)
+        for contender, course in ((OURS, ours), (PLAIN, plain)):
+            stayed = came.keys() & {*course.students}
+            processes = support.processes_of(stayed)
+            cost = cost_of(x for x in processes if "kernel" not in support.title_of(x))
+            number = len(stayed) or math.nan
+            lost = students - len(stayed)
+            text = (
+                f"after a lesson of {minutes:g} minutes, {students} students,"
+                f" {contender}: private {cost.private / number / 1000:.1f} MB,"
+                f" CPU {cost.cpu_seconds / number:.1f} s for each server;"
+                f" {lost} of {students} lost"
+            )
+            yield Note(contender, lost, text)
 
 
 # ---------------------------------------------------------------------------------------
@@ -362,40 +493,34 @@ def made_course(students: int, **settings: object) -> Iterator[support.Course]:
             yield course
 
 
-def measure_ours(students: int, script: Path) -> Iterator[Row]:
+def measure_ours(students: int, script: Path) -> Iterator[Row | Note]:
     with made_course(students) as course:
-        yield measure("notebooks.py", course, lambda: start_ours(course, script))
+        yield measure(OURS, course, lambda: start_ours(course, script))
     with made_course(students, on_demand="yes") as course:
-        yield measure("  on demand, idle", course, lambda: start_ours(course, script))
-        waits = first_visit_seconds(course)
-        print(
-            f"  first visits: {waits[len(waits) // 2]:.2f} s (median),"
-            f" {waits[-1]:.2f} s (longest of {len(waits)});"
-            f" {log_ins_per_second(course):.0f} log-ins per second",
-            flush=True,
-        )
+        yield measure(ON_DEMAND, course, lambda: start_ours(course, script))
+        yield measure_visits(course)
 
 
 def measure_others(students: int) -> Iterator[Row]:
     with made_course(students) as course:
-        yield measure("jupyter-notebook", course, lambda: start_plain(course))
+        yield measure(PLAIN, course, lambda: start_plain(course))
     if not (HUB_PREFIX / "bin/jupyterhub").exists():
         print(f"  no JupyterHub in {HUB_PREFIX}: left out", flush=True)
         return
     with made_course(students) as course, running_hub(course) as hub:
-        yield measure("JupyterHub", course, lambda: start_hub(course, *hub))
+        yield measure(HUB, course, lambda: start_hub(course, *hub))
 
 
-def measure_herd(students: int, script: Path) -> str:
+def measure_herd(students: int, script: Path) -> Note:
     with made_course(students, on_demand="yes") as course:
-        start_ours(course, script)
+        attempt(OURS, start_ours, course, script)
         waits = herd_waits(course)
-    median = waits[len(waits) // 2]
-    return (
+    lost = students - len(waits)
+    text = (
         f"a herd of {students} within {HERD_SECONDS:.0f} s, each logs in and runs a"
-        f" cell: {len(waits)} succeeded; waited {median:.1f} s (median),"
-        f" {waits[-1]:.1f} s (last)"
+        f" cell: waited {in_words(waits.values())}; {lost} of {students} lost"
     )
+    return Note(OURS, lost, text)
 
 
 def describe_machine() -> str:
@@ -438,10 +563,21 @@ figure.savefig(sys.argv[1], dpi=120)
 
 def draw(rows: list[Row]) -> None:
     python = HUB_PREFIX / "bin/python"
-    if python.exists():
+    if rows and python.exists():
         text = json.dumps([row._asdict() for row in rows])
         command = [str(python), "-c", PLOT, str(BENCH / "servers.png")]
         subprocess.run(command, input=text, text=True, check=True)
+
+
+def measure_all(options: argparse.Namespace, script: Path) -> Iterator[Row | Note]:
+    for students in [*options.students, *options.ours]:
+        yield from measure_ours(students, script)
+        if students in options.students:
+            yield from measure_others(students)
+    if options.herd:
+        yield measure_herd(options.herd, script)
+    if options.lesson:
+        yield from measure_lesson(10, options.lesson, script)
 
 
 def main() -> int:
@@ -453,30 +589,25 @@ def main() -> int:
     options = parser.parse_args()
     conftest.enter_private_host()
     BENCH.mkdir(exist_ok=True)
-    rows = []
+    (BENCH / "lost.txt").unlink(missing_ok=True)
+    results = []
     lines = [describe_machine(), HEADER]
     print(*lines, sep="\n", flush=True)
     # A copy of the script is not measured by coverage, whatever the environment.
     with tempfile.TemporaryDirectory(prefix="notebooks-bench-") as directory:
         script = Path(shutil.copy(support.NOTEBOOKS, directory))
-        for students in [*options.students, *options.ours]:
-            both = [measure_ours(students, script)]
-            if students in options.students:
-                both.append(measure_others(students))
-            for row in (row for each in both for row in each):
-                rows.append(row)
-                lines.append(format_row(row))
-                print(lines[-1], flush=True)
-        if options.herd:
-            lines.append(measure_herd(options.herd, script))
+        for result in measure_all(options, script):
+            results.append(result)
+            lines.append(
+                result.text if isinstance(result, Note) else format_row(result)
+            )
             print(lines[-1], flush=True)
-        if options.lesson:
-            for line in measure_lesson(10, options.lesson, script):
-                lines.append(line)
-                print(line, flush=True)
+    if any(result.lost for result in results):
+        lines.append("All figures are those of the students who were not lost.")
+        print(lines[-1])
     (BENCH / "table.txt").write_text("\n".join([*lines, ""]))
-    draw(rows)
-    return 0
+    draw([result for result in results if isinstance(result, Row)])
+    return int(any(x.lost for x in results if x.contender in (OURS, ON_DEMAND)))
 
 
 if __name__ == "__main__":
