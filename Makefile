@@ -4,7 +4,7 @@
 #   make demo        install, then run the sample course from a copy of it in $(DEMO)
 #   make undo-demo   end the demo and delete its accounts, its files and the installation
 #   make test        install what tests need, then check, all tests, and their coverage
-#   make check       flake8 and mypy alone
+#   make check       ruff, mypy and radon alone
 #   make bench       measure what servers cost, beside plain ones and JupyterHub
 #   make clean       delete what building and testing leave in this directory
 #
@@ -130,9 +130,15 @@ $(TEST_PREFIX)/installed: setup.cfg pyproject.toml | test-packages
 	touch $@
 
 check: $(TEST_PREFIX)/installed
-	$(TEST_PREFIX)/bin/flake8 notebooks.py tests
+	$(TEST_PREFIX)/bin/ruff check --quiet notebooks.py tests
+	$(TEST_PREFIX)/bin/ruff format --check --quiet notebooks.py tests
 	$(TEST_PREFIX)/bin/mypy notebooks.py
 	$(TEST_PREFIX)/bin/mypy --allow-untyped-defs --allow-incomplete-defs tests
+	complex=$$($(TEST_PREFIX)/bin/radon cc --show-complexity --min C notebooks.py)
+	if [ -n "$$complex" ]; then
+	    printf 'Too complex, 10 is the limit:\n%s\n' "$$complex" >&2
+	    exit 1
+	fi
 
 # Processes that have become a student write what they measured, too: hence mode 1777.
 test: check

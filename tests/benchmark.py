@@ -120,8 +120,7 @@ class Note(NamedTuple):
 
 
 HEADER = (
-    "contender             students  lost  seconds"
-    "  CPU s each  PSS each  private   rest"
+    "contender             students  lost  seconds  CPU s each  PSS each  private   rest"
 )
 
 
@@ -172,9 +171,7 @@ def wait_for_answer(
     return time.monotonic()
 
 
-def attempt(
-    who: str, function: Callable[..., Value], *arguments: object
-) -> Value | None:
+def attempt(who: str, function: Callable[..., Value], *arguments: object) -> Value | None:
     """Return what a function returns, or nothing if it raised, which is told.
 
     A contender can fail in any way, hence no exception ends the benchmark.
@@ -202,9 +199,7 @@ def last(times: dict[str, float]) -> float:
     return max(times.values(), default=math.nan)
 
 
-def measure(
-    contender: str, course: support.Course, start: Callable[[], Started]
-) -> Row:
+def measure(contender: str, course: support.Course, start: Callable[[], Started]) -> Row:
     """Start servers, wait for their answers, and look at what they hold."""
     seconds, students, others = attempt(contender, start) or NOTHING
     time.sleep(2)  # until it is quiet
@@ -406,9 +401,7 @@ def herd_waits(course: support.Course) -> dict[str, float]:
         context = course.context()
 
         def address() -> str:
-            page = support.fetch(
-                f"{course.url}{username}", context=context, timeout=300
-            )
+            page = support.fetch(f"{course.url}{username}", context=context, timeout=300)
             return page.headers.get("Location", "") if page.status == 302 else ""
 
         notebook = support.Notebook(
@@ -598,9 +591,7 @@ def main() -> int:
         script = Path(shutil.copy(support.NOTEBOOKS, directory))
         for result in measure_all(options, script):
             results.append(result)
-            lines.append(
-                result.text if isinstance(result, Note) else format_row(result)
-            )
+            lines.append(result.text if isinstance(result, Note) else format_row(result))
             print(lines[-1], flush=True)
     if any(result.lost for result in results):
         lines.append("All figures are those of the students who were not lost.")

@@ -21,10 +21,11 @@ from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import notebooks  # noqa: E402
 import setproctitle  # noqa: E402
 from jupyter_server.serverapp import ServerApp  # noqa: E402
 from traitlets import HasTraits  # noqa: E402
+
+import notebooks  # noqa: E402
 
 del sys.path[0]
 

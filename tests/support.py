@@ -153,9 +153,7 @@ def run_on_terminal(
     """Start notebooks.py on a terminal of its own; the caller closes it."""
     python, *rest = command_line(arguments, script)
     environment: Any = {**ENVIRONMENT, "TERM": "xterm"}
-    return pexpect.spawn(
-        python, rest, env=environment, timeout=timeout, encoding="utf-8"
-    )
+    return pexpect.spawn(python, rest, env=environment, timeout=timeout, encoding="utf-8")
 
 
 def wait_for_read(terminal: "pexpect.spawn[str]") -> None:
@@ -293,9 +291,7 @@ def make_certificate(
             f" -keyfile {key_file} -passin pass:{passphrase} -startdate {first}"
             f" -enddate {last} -notext -out {cert_file}",
         ):
-            subprocess.run(
-                ["openssl", *command.split()], check=True, capture_output=True
-            )
+            subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
     return cert_file, key_file
 
 
@@ -475,9 +471,7 @@ class Course:
         """Return the processes that ps shows as this student's notebook server."""
         title = f"notebooks.py: notebook server of {username}"
         return [
-            process
-            for process in processes_of([username])
-            if title_of(process) == title
+            process for process in processes_of([username]) if title_of(process) == title
         ]
 
     def server(self, username: str) -> psutil.Process:
@@ -639,9 +633,7 @@ class Notebook:
     def start_kernel(self, **specification: str) -> None:
         """Start a kernel (name=, path=) for the code that follows."""
         self.kernel_id = self.api("POST", "kernels", specification)["id"]
-        self.kernel_channels = self.open_websocket(
-            f"api/kernels/{self.kernel_id}/channels"
-        )
+        self.kernel_channels = self.open_websocket(f"api/kernels/{self.kernel_id}/channels")
 
     def execute(self, code: str) -> str:
         """Return what a cell with this code would show, without the last line end.
@@ -728,7 +720,7 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[WebDriver]:
             options.add_argument(argument)
         environment = {**ENVIRONMENT, "HOME": home, "TMPDIR": home}
         service = Service(CHROMEDRIVER, env=environment)
-        phone = dict(width=width, height=height, deviceScaleFactor=1, mobile=True)
+        phone = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
         try:
             driver = WebDriver(options, service)
             try:

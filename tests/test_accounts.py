@@ -13,8 +13,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import notebooks
 import pytest
+
+import notebooks
 from conftest import CourseMaker
 from support import (
     Course,
@@ -513,9 +514,7 @@ def test_remove_says_whose_work_cannot_be_looked_at_before_it_asks(
     "comment",
     ["", notebooks.MARK, f",,,{notebooks.MARK}", f"{MARKED},more", f"{MARKED}x"],
 )
-def test_an_account_without_our_mark_is_never_deleted(
-    course: Course, comment: str
-) -> None:
+def test_an_account_without_our_mark_is_never_deleted(course: Course, comment: str) -> None:
     with made_account("--comment", comment) as account:
         add_student(course, account.pw_name)
         assert "0 accounts deleted, 1 left" in course.check("remove", "--yes")

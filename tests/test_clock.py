@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from conftest import CourseMaker
 from support import Course, fetch, wait_until
 

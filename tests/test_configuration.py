@@ -40,9 +40,7 @@ def read(directory: Path, text: str | bytes) -> tuple[notebooks.Config, list[str
 
 
 def section_of(key: str) -> str:
-    (section,) = (
-        name for name, keys in support.SECTIONS.items() if key in keys.split()
-    )
+    (section,) = (name for name, keys in support.SECTIONS.items() if key in keys.split())
     return section
 
 

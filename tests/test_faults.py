@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import notebooks
 import psutil
 import pytest
+
+import notebooks
 from conftest import CourseMaker
 from support import (
     ENVIRONMENT,
@@ -320,9 +321,7 @@ def test_many_students_get_the_open_files_that_they_need(
 ) -> None:
     course = make_course(20, on_demand="yes")
     course.check("setup")
-    command = (
-        f"ulimit -Sn 100; exec {sys.executable} {NOTEBOOKS} launch {course.config}"
-    )
+    command = f"ulimit -Sn 100; exec {sys.executable} {NOTEBOOKS} launch {course.config}"
     launch = subprocess.Popen(
         ["sh", "-c", command], env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )

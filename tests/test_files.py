@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import notebooks
 import psutil
 import pytest
+
+import notebooks
 from conftest import CourseMaker
 from notebooks import CopyReport, Error, TreeCopy, identity_of
 from support import Course, interrupt, made_account, run_as, start, wait_until
@@ -135,7 +136,7 @@ def test_backups_of_names_that_begin_alike_do_not_get_in_each_others_way(
     """To count up all others first would take time by the square of their number."""
     long = [f"{'x' * 250}{i}" for i in range(3)]
     for number in (1, 2):
-        write(source, {name: f"version {number}" for name in long})
+        write(source, dict.fromkeys(long, f"version {number}"))
         for name in long:
             os.utime(source / name, (EARLIER, EARLIER + number))
         copy(source, destination, backup=True)
@@ -515,9 +516,7 @@ def test_retrieve_keeps_every_version_and_the_owners_notes(course: Course) -> No
     (stored / "welcome.txt").write_text("graded: well done")
     shell(username, "echo second >material/welcome.txt")
     output = course.check("retrieve")
-    assert counts(output, username) == (
-        "0 new, 1 updated, 1 unchanged, 1 kept as backups"
-    )
+    assert counts(output, username) == ("0 new, 1 updated, 1 unchanged, 1 kept as backups")
     shell(username, "rm -r material; echo third >material")
     course.check("retrieve")
     assert content(course.storage / username) == {

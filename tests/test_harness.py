@@ -8,8 +8,9 @@ import signal
 import subprocess
 from pathlib import Path
 
-import conftest
 import pytest
+
+import conftest
 from support import Course, in_child, is_ours, run_as, wait_until
 
 pytestmark = pytest.mark.root

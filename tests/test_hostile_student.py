@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+
 from conftest import CourseMaker
 from support import (
     ENVIRONMENT,
@@ -51,11 +52,7 @@ PYTHON_FILES = [
     *(".ipython/profile_default/startup/00-x.py", ".ipython/ipython_config.py"),
     *(f"{SITE}/{name}.py" for name in ("usercustomize", "sitecustomize", "hostile")),
     *(f"{SITE}/{name}.py" for name in ("json", "tornado", "nbconvert", "send2trash")),
-    *(
-        f"{start}/{name}.py"
-        for start in (".", START)
-        for name in ("tornado", "hostile")
-    ),
+    *(f"{start}/{name}.py" for start in (".", START) for name in ("tornado", "hostile")),
     *(f"{start}/jupyter_server_config.py" for start in (".", START)),
 ]
 JSON_FILES = {
@@ -191,9 +188,7 @@ def test_the_same_files_do_run_in_an_ordinary_server(course: Course) -> None:
         stderr=subprocess.DEVNULL,
     ) as server:
         try:
-            address = (
-                f"http://localhost:{port}/nbconvert/html/welcome.ipynb?token=token"
-            )
+            address = f"http://localhost:{port}/nbconvert/html/welcome.ipynb?token=token"
             wait_until(lambda: listens(server.pid, port), 60, "an ordinary server")
             fetch(address)
         finally:
@@ -237,9 +232,7 @@ def test_what_stands_in_the_place_of_the_log_holds_nobody_up(
     username = course.students[number]
     assert "4 of 4 notebook servers run." in launch.output
     assert course.notebook(username).api("GET", "contents")["type"] == "directory"
-    outputs = {
-        os.readlink(f"/proc/{course.server(username).pid}/fd/{fd}") for fd in (1, 2)
-    }
+    outputs = {os.readlink(f"/proc/{course.server(username).pid}/fd/{fd}") for fd in (1, 2)}
     assert outputs == {"/dev/null"}
     assert run_as(course.students[2], "cat", "kept").stdout == "kept\n"
 

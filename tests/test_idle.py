@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from conftest import CourseMaker
 from support import fetch, is_ours, wait_until
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import notebooks
 import psutil
 import pytest
+
+import notebooks
 from conftest import CourseMaker
 from support import (
     ENVIRONMENT,
@@ -109,16 +110,12 @@ def ports_of(course: Course) -> set[int]:
 
 
 @root
-def test_launch_tells_what_the_teacher_has_to_know(
-    course: Course, launch: Launch
-) -> None:
+def test_launch_tells_what_the_teacher_has_to_know(course: Course, launch: Launch) -> None:
     first, last = course.port, course.port + 2
     assert "2 of 2 notebook servers run." in launch.output
     assert f"TCP ports {first} to {last}." in launch.output
     assert re.search(rf"^Ready: https://\S+:{first}/$", launch.output, re.MULTILINE)
-    assert re.search(
-        r"\(SHA-256\): ([0-9A-F]{2}:){31}[0-9A-F]{2}$", launch.output, re.M
-    )
+    assert re.search(r"\(SHA-256\): ([0-9A-F]{2}:){31}[0-9A-F]{2}$", launch.output, re.M)
     assert ports_of(course) == {first + 1, last}
 
 
@@ -132,9 +129,7 @@ def test_the_launcher_holds_all_ports(course: Course, launch: Launch) -> None:
 
 
 @root
-def test_a_second_launch_is_refused_while_one_runs(
-    course: Course, launch: Launch
-) -> None:
+def test_a_second_launch_is_refused_while_one_runs(course: Course, launch: Launch) -> None:
     before = server_pids(course)
     done = course.run("launch")
     assert done.returncode == 2
@@ -184,8 +179,7 @@ def test_a_killed_server_comes_back_at_the_next_connection(
 ) -> None:
     revive(course, course.students[0])
     assert (
-        f"{course.students[0]}: the server was ended by signal 9 (Killed)"
-        in launch.output
+        f"{course.students[0]}: the server was ended by signal 9 (Killed)" in launch.output
     )
 
 
@@ -201,9 +195,7 @@ def test_a_server_may_end_by_any_signal(course: Course, launch: Launch) -> None:
 
 
 @root
-def test_a_server_that_its_student_ends_comes_back(
-    course: Course, launch: Launch
-) -> None:
+def test_a_server_that_its_student_ends_comes_back(course: Course, launch: Launch) -> None:
     username = course.students[0]
     notebook, server = course.notebook(username), course.server(username)
     notebook.api("POST", "shutdown")
@@ -464,9 +456,7 @@ def test_a_taken_port_is_named_and_its_student_gets_one_above_the_range(
         check_adoption_above_the_range(course, launch, second)
 
 
-def check_adoption_above_the_range(
-    course: Course, launch: Launch, username: str
-) -> None:
+def check_adoption_above_the_range(course: Course, launch: Launch, username: str) -> None:
     (before,) = {x.pid for x in course.servers(username) if listening_ports(x.pid)}
     rows = course.rows()
     assert launch.stop() == 0
@@ -513,9 +503,7 @@ def test_shutdown_ends_all_that_is_jupyters_and_nothing_else(
 
 
 @root
-def test_shutdown_tells_of_a_launch_that_still_runs(
-    course: Course, launch: Launch
-) -> None:
+def test_shutdown_tells_of_a_launch_that_still_runs(course: Course, launch: Launch) -> None:
     done = course.run("shutdown")
     assert done.returncode == 0
     assert f"launch still runs (pid {launch.pid})" in done.stderr

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import notebooks
 import psutil
 import pytest
+
+import notebooks
 from conftest import CourseMaker
 from support import (
     ENVIRONMENT,

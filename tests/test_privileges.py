@@ -12,8 +12,9 @@ import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import notebooks
 import pytest
+
+import notebooks
 from notebooks import Identity, acting_as, drop_privileges, identity_of
 from support import ENVIRONMENT, NOTEBOOKS, Course, in_child, run_as
 

@@ -13,9 +13,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import notebooks
 import psutil
 import pytest
+
+import notebooks
 from conftest import CourseMaker
 from notebooks import GRACE_SECONDS, Error, Member, Outcome, Student, run_workers
 from support import ENVIRONMENT, Course, made_account, processes_of, wait_until
@@ -347,8 +348,7 @@ def fail(student: Student) -> str:
 
 def test_a_student_who_fails_does_not_stop_the_others() -> None:
     results = {
-        student.line: str(result)
-        for student, result in for_each_student(fail, students(4))
+        student.line: str(result) for student, result in for_each_student(fail, students(4))
     }
     assert results.pop(3).startswith("its process ended unexpectedly")
     assert results == {1: "a reason", 2: r"No such file: 'a\nb'", 4: "done"}

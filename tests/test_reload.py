@@ -7,9 +7,10 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 
-import notebooks
 import psutil
 import pytest
+
+import notebooks
 from support import Course, Launch, LogInRefused, Notebook, fetch, is_ours, wait_until
 
 pytestmark = pytest.mark.root
@@ -161,9 +162,7 @@ def test_a_webserver_that_is_being_replaced_comes_with_the_renewed_certificate(
     assert fetch(course.url, context=course.context()).status == 200
 
 
-def test_a_new_password_counts_from_the_next_start(
-    course: Course, launch: Launch
-) -> None:
+def test_a_new_password_counts_from_the_next_start(course: Course, launch: Launch) -> None:
     username = course.students[1]
     old = course.rows()[username]["nb-pass"]
     rows = course.rows()
@@ -189,7 +188,7 @@ def test_remove_takes_students_out_of_a_launch_that_runs(
     course.write_students([rows[username]])
     said = said_after(launch, lambda: course.check("remove", "--yes"))
     assert f"{username}: has no account" in said
-    assert all(not x.uids().real == uid for x in psutil.process_iter(["uids"]))
+    assert all(x.uids().real != uid for x in psutil.process_iter(["uids"]))
     assert not (notebooks.RUNTIME_DIR / str(uid)).exists()
     subprocess.run(["useradd", "--create-home", username], check=True)  # another uid
     course.write_students(rows.values())

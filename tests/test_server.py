@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import notebooks
 import psutil
 import pytest
+
+import notebooks
 import support
 from conftest import CourseMaker
 from support import (
@@ -110,9 +111,7 @@ def notebook(course: Course, student: str) -> Notebook:
     """The first student's notebook, with a kernel."""
     notebook = course.notebook(student)
     notebook.start_kernel(path="welcome.ipynb")
-    notebook.execute(
-        "import json, os, socket, stat, subprocess; from time import sleep"
-    )
+    notebook.execute("import json, os, socket, stat, subprocess; from time import sleep")
     return notebook
 
 
@@ -234,9 +233,7 @@ def test_each_student_logs_in_with_their_own_password_only(course: Course) -> No
                 assert notebook.fetch("api/contents").status == 403
 
 
-def test_a_log_in_is_good_for_one_server_only(
-    course: Course, notebook: Notebook
-) -> None:
+def test_a_log_in_is_good_for_one_server_only(course: Course, notebook: Notebook) -> None:
     other = Notebook(course.notebook_url(course.students[1]), course.context())
     other.cookies = notebook.cookies
     assert notebook.fetch("api/contents").status == 200
@@ -289,9 +286,7 @@ def test_the_environment_of_a_kernel_is_the_students(
     check_environment(course, student, json.loads(notebook.execute(code)))
 
 
-def check_environment(
-    course: Course, username: str, environment: dict[str, str]
-) -> None:
+def check_environment(course: Course, username: str, environment: dict[str, str]) -> None:
     home = str(course.home(username))
     wanted = {"HOME": home, "USER": username, "LOGNAME": username, "SHELL": "/bin/bash"}
     assert wanted.items() <= environment.items()
@@ -551,9 +546,7 @@ def test_a_kernel_tells_nothing_by_tcp(
 ) -> None:
     """Its one TCP socket is ipykernel's, for output of forks: it only takes."""
     (kernel,) = [
-        process
-        for process in course.processes()
-        if notebook.kernel_id in title_of(process)
+        process for process in course.processes() if notebook.kernel_id in title_of(process)
     ]
     ((host, port),) = listening(kernel)
     assert host == "127.0.0.1"
@@ -666,8 +659,7 @@ def test_no_id_of_roots_is_left_in_a_server(course: Course) -> None:
         (shown,) = re.findall(r"^Groups:\t(.*)$", status, re.MULTILINE)
         assert {*map(int, shown.split())} == {*groups}
         assert (
-            re.findall(r"^Cap(?:Prm|Eff):\t(\w+)$", status, re.MULTILINE)
-            == ["0" * 16] * 2
+            re.findall(r"^Cap(?:Prm|Eff):\t(\w+)$", status, re.MULTILINE) == ["0" * 16] * 2
         )
 
 
@@ -707,9 +699,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
                 process.kill()
 
 
-def use_probe(
-    course: Course, username: str, process: "subprocess.Popen[bytes]"
-) -> Probe:
+def use_probe(course: Course, username: str, process: "subprocess.Popen[bytes]") -> Probe:
     """Do what students do, then have the server report."""
     certificate = course.directory / notebooks.CERTIFICATE_NAME
     support.wait_until(certificate.exists, 30, "the certificate")

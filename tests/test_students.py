@@ -262,7 +262,7 @@ def test_all_unusable_rows_are_reported_with_their_lines(tmp_path: Path) -> None
         "zoe": "on line 2",
         "": "missing",
     } | dict.fromkeys(
-        "Doe ../x 7up -rf a/b a:b zoë $HOME a\u200b".split()
+        ["Doe", "../x", "7up", "-rf", "a/b", "a:b", "zoë", "$HOME", "a\u200b"]
         + ["a b", "a" * 33, "a" * 40],
         "cannot be a username",
     )
@@ -287,9 +287,7 @@ def test_all_unusable_rows_are_reported_with_their_lines(tmp_path: Path) -> None
         ("username,sys-pass\nzoe,a\x07b\n", 2, "unprintable"),
     ],
 )
-def test_a_problem_names_its_line(
-    tmp_path: Path, text: str, line: int, words: str
-) -> None:
+def test_a_problem_names_its_line(tmp_path: Path, text: str, line: int, words: str) -> None:
     (problem,) = problems_of(tmp_path, text)
     assert problem.startswith(f"line {line}: ") and words in problem
 
@@ -306,9 +304,7 @@ def test_a_problem_names_its_line(
         (b"\xff\xfeu\0s\0e", "UTF-16"),
     ],
 )
-def test_a_file_that_is_no_list_is_refused(
-    tmp_path: Path, data: bytes, words: str
-) -> None:
+def test_a_file_that_is_no_list_is_refused(tmp_path: Path, data: bytes, words: str) -> None:
     with pytest.raises(notebooks.UsageError) as refusal:
         read(tmp_path, data)
     assert f"{tmp_path}/students.csv: " in str(refusal.value)

@@ -305,9 +305,7 @@ def test_plain_http_is_led_nowhere_else(visited: Course, target: str) -> None:
         ("/?username={zoe}%2F..%2F{bo}", "{zoe}/../{bo}"),
     ],
 )
-def test_a_page_that_is_not_there_says_so(
-    visited: Course, path: str, asked: str
-) -> None:
+def test_a_page_that_is_not_there_says_so(visited: Course, path: str, asked: str) -> None:
     response = visit(visited, path)
     assert response.status == 404
     page = check_page(response.text, response.headers["Content-Security-Policy"])
