@@ -716,18 +716,18 @@ def test_what_is_printed_about_hostile_names_is_harmless(course: Course) -> None
 def test_a_full_disk_of_the_owners_leaves_no_part_of_a_file(course: Course) -> None:
     large, *others = course.students
     shell(large, "head -c 3000000 /dev/urandom >zz-large")
-    run_as(course.storage.parent.owner(), "mkdir", course.storage, check=True)
-    with small_disk(course.storage):
+    stored_large = course.storage / large  # alone: others are copied at the same time
+    run_as(course.storage.parent.owner(), "mkdir", "-p", stored_large, check=True)
+    with small_disk(stored_large):
         done = course.run("retrieve")
         assert done.returncode == 1
         assert f"{large}: No space left on device" in done.stderr
-        stored = content(course.storage / large)
-        assert "zz-large" not in stored
+        assert "zz-large" not in content(stored_large)
         assert not [x for x in course.storage.rglob("*") if ".notebooks" in x.name]
         for username in others:
             assert content(course.storage / username) == MATERIAL
     course.check("retrieve")
-    assert (course.storage / large / "zz-large").stat().st_size == 3000000
+    assert (stored_large / "zz-large").stat().st_size == 3000000
 
 
 @pytest.mark.root
