@@ -397,6 +397,7 @@ def lock_file(path: Path) -> int:
         os.close(fd)
 
 
+@uninterrupted()
 def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> int:
     """Replace a file by one of mode 0600, and return a descriptor that locks it."""
     try:
@@ -1384,9 +1385,10 @@ class Roster:
         info = self.path.stat()
         if data == self.data and stat.S_IMODE(info.st_mode) == 0o600:
             return
-        fd = replace_private_file(self.path, data, info.st_uid, info.st_gid)
-        os.close(self.lock_fd)  # of the file that is replaced
-        self.lock_fd, self.data = fd, data
+        with uninterrupted():  # or `locked` might close a descriptor for a second time
+            fd = replace_private_file(self.path, data, info.st_uid, info.st_gid)
+            os.close(self.lock_fd)  # of the file that is replaced
+            self.lock_fd, self.data = fd, data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4616,7 +4618,6 @@ ROLES: dict[str, Callable[[Channel], None]] = {
     "template": lambda channel: run_template(channel, preload_server, become_server),
     "webserver": run_webserver,
 }
-VERBOSITY = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -4654,7 +4655,7 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run a command of the usage line and return its exit status."""
     options = make_parser().parse_args(arguments)
     os.umask(0o022)  # root's may be 077, and students must get at what is theirs
-    log.setLevel(VERBOSITY[min(options.verbose, 2)])
+    log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)])
     if os.geteuid() != 0:
         raise UsageError(
             f"{options.command} needs root: run `sudo notebooks.py {options.command} ...`"

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import fcntl
 import io
+import itertools
 import os
 import random
 import re
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 import notebooks
-from support import Course
+from support import Course, in_child
 
 EXCEL = 'Klasse;Username;name;Notiz\r\n7b;{};Zoë;"sagt ""hallo"";\r\nund geht"\r\n'
 
@@ -364,6 +365,30 @@ def test_a_list_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     late = second(first.path)
     with late.locked():
         assert late.students[1].port == "8890"
+
+
+def save_until_interrupted(path: Path) -> str:
+    """Save a list until Ctrl-C comes at some moment; return the type of what is raised."""
+    seconds = random.uniform(0.01, 0.04)
+    with subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -INT {os.getpid()}"]):
+        students = notebooks.Roster(path)
+        try:
+            with students.locked():
+                for number in itertools.cycle((8889, 8890)):
+                    students.update("bo", port=str(number))
+                    students.save()
+        except BaseException as error:
+            return type(error).__name__
+    raise AssertionError
+
+
+def test_ctrl_c_while_a_list_is_saved_is_that_and_nothing_else(tmp_path: Path) -> None:
+    """It used to close the lock a second time, or to delete what had been renamed."""
+    path = read(tmp_path, PLAIN).path
+    for _ in range(100):
+        assert in_child(lambda: save_until_interrupted(path)) == "KeyboardInterrupt"
+        assert [each.name for each in tmp_path.iterdir()] == ["students.csv"]
+    assert b"bo,Bo,,88" in path.read_bytes()
 
 
 def test_a_list_is_read_anew_when_it_is_held(tmp_path: Path) -> None:
