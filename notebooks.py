@@ -71,6 +71,7 @@ and the next visit starts the server. Servers that run need no template.
 """
 
 import argparse
+import array
 import asyncio
 import base64
 import codecs
@@ -115,20 +116,18 @@ import tempfile
 import threading
 import time
 import traceback
-import typing
 import urllib.parse
 import warnings
 from collections.abc import (
     Callable,
     Collection,
-    Coroutine,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, dataclass_transform
 
 try:
     import pexpect
@@ -191,7 +190,7 @@ def explain(error: Exception) -> str:
     """Return an error's message; for an OSError, without "[Errno N]"."""
     if not isinstance(error, OSError):
         return str(error) or type(error).__name__
-    name = f": {error.filename!r}" if error.filename is not None else ""
+    name = f": {str(error.filename)[:500]!r}" if error.filename is not None else ""
     return f"{error.strerror or str(error) or type(error).__name__}{name}"
 
 
@@ -431,19 +430,12 @@ MAX_MESSAGE_DESCRIPTORS = 4
 SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
 
 
-@typing.dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True)
 class Message:
     """What a process tells another, as JSON; each subclass becomes a frozen dataclass."""
 
     def __init_subclass__(cls, frozen: bool = True) -> None:
         dataclasses.dataclass(frozen=frozen)(cls)
-
-
-def encode_message(message: Message) -> bytes:
-    """Return a message as JSON: an object of its fields, and its class's name."""
-    return json.dumps(
-        message, default=lambda part: {"message": type(part).__name__, **vars(part)}
-    ).encode()
 
 
 def decode_message(data: bytes) -> Message:
@@ -456,10 +448,10 @@ def decode_message(data: bytes) -> Message:
 
     try:
         message = json.loads(data, object_hook=as_message)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"not a message: {error}") from None
+    except (ValueError, TypeError, RecursionError):
+        message = None
     if not isinstance(message, Message):
-        raise ValueError("not a message")
+        raise ValueError("it does not send messages")
     return message
 
 
@@ -481,8 +473,15 @@ class Channel(socket.socket):
         self, message: Message, fds: Sequence[int] = (), wait: bool = True
     ) -> None:
         """Send a message with descriptors; raises OSError if the other side takes none."""
-        flags = 0 if wait else socket.MSG_DONTWAIT
-        socket.send_fds(self, [encode_message(message)], list(fds), flags)
+        # Not socket.send_fds, which ignores its flags up to Python 3.11.
+        # Each message is an object of its fields and its class's name.
+        data = json.dumps(
+            message, default=lambda part: {"message": type(part).__name__, **vars(part)}
+        ).encode()
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        self.sendmsg([data], [rights] if fds else [], 0 if wait else socket.MSG_DONTWAIT)
 
     def receive_message(self) -> tuple[Message, list[int]]:
         """Receive a message; raises EOFError at the end, and ValueError for nonsense."""
@@ -495,18 +494,18 @@ class Channel(socket.socket):
             )
         except ConnectionError:
             data, ancillary = b"", []
-        if not data:
-            raise EOFError
-
         fds = [
             int.from_bytes(content[i : i + 4], sys.byteorder)
             for level, kind, content in ancillary
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
             for i in range(0, len(content), 4)
         ]
+
         try:
+            if not data:
+                raise EOFError
             return decode_message(data), fds
-        except ValueError:
+        except (EOFError, ValueError):
             for fd in fds:  # nobody will know of them
                 os.close(fd)
             raise
@@ -568,11 +567,7 @@ class Process:
 
 
 def fork_process(function: Callable[[], object], keep: Collection[int] = ()) -> int:
-    """Fork; the child calls the function and ends, and never returns from here.
-
-    Its exit status is 0 if the function returned, else 1 or what SystemExit says. It holds
-    only `keep` and the standard streams, above all no lock. Returns: the child's pid.
-    """
+    """Fork; the child, which holds only `keep`, calls the function and never returns."""
     # A lock that another thread holds at this moment would never be released.
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("a process that has several threads must not fork")
@@ -746,13 +741,10 @@ def invoking_account() -> pwd.struct_passwd:
 
 
 def is_ordinary(username: str) -> bool:
-    """Say whether the name is free or that of a person, not of root or a service.
-
-    Above 65535 are people again, of a directory service; between lie `nobody` and what
-    systemd makes up (systemd's UIDS-GIDS).
-    """
+    """Say whether the name is free or that of a person, not of root or a service."""
     account = find_account(username)
     low, high = read_login_defs("UID_MIN", 1000), read_login_defs("UID_MAX", 60000)
+    # Above are people again, of a directory service, after `nobody` and systemd's own.
     return account is None or low <= account.pw_uid <= high or account.pw_uid > 65535
 
 
@@ -1061,11 +1053,7 @@ def parse_value(text: str, parse: Callable[[str], Any], base: Path) -> Any:
 
 
 def read_config(path: Path) -> tuple[Config, list[str]]:
-    """Read the configuration file.
-
-    Returns: what it says, with the default for each key that is wrong, and all that is
-    wrong. Raises: UsageError if it cannot be read at all.
-    """
+    """Return what the file says, with defaults for wrong keys, and all that is wrong."""
     parser = read_ini(path)
     base = path.absolute().parent
     problems = list(unknown_keys(parser))
@@ -1512,14 +1500,11 @@ def add_account(student: Student, group: str) -> None:
 
 
 def set_missing_passwords(students: Iterable[Student]) -> None:
-    """Give our accounts that have no system password the one in the list.
-
-    `!` before a password is something else: somebody has locked that account. All go
-    through one pipe, since anyone can read arguments.
-    """
+    """Give our accounts without a system password the one in the list, through one pipe."""
     lines = "".join(
         f"{student.username}:{student.sys_pass}\n"
         for student in students
+        # `!` before a password is something else: somebody has locked that account.
         if read_shadow(student.username)[1:2] == ["!"]
         and is_ours(find_account(student.username))
     )
@@ -1609,12 +1594,11 @@ class Worker:
 
     def is_finished(self) -> bool:
         """Take what it has sent, and say whether it has ended or been given up."""
-        # Our caller may have taken their time: a sign of life may have waited.
         while is_readable(self.child.channel.fileno()):
             self.heard = time.monotonic()
             try:
                 message, _ = self.child.channel.receive_message()
-            except EOFError:
+            except (EOFError, ValueError):
                 self.exit_code = self.child.reap()
                 return True
             if not isinstance(message, SignOfLife):
@@ -1664,7 +1648,22 @@ def work(channel: Channel, function: Callable[[Member], Any], member: Member) ->
 
     signal.setitimer(signal.ITIMER_REAL, 0)
     with contextlib.suppress(BrokenPipeError):  # the command was killed
-        channel.send_message(answer)
+        try:
+            channel.send_message(answer)
+        except OSError as error:  # too long
+            channel.send_message(Failed(explain(error)))
+
+
+def excuse_silence(workers: Iterable[Worker], looked: float) -> float:
+    """Give workers time for a sign of life if nobody has looked for long; return the time.
+
+    Our caller may have taken their time, or Ctrl-Z has suspended us and the workers, too.
+    """
+    now = time.monotonic()
+    if now > looked + 3 * HEARTBEAT_SECONDS:
+        for worker in workers:
+            worker.heard = now
+    return now
 
 
 def run_workers(
@@ -1673,6 +1672,7 @@ def run_workers(
     """Do something for several members at once; yield each worker when it has ended."""
     waiting = list(members)[::-1]
     workers: list[Worker] = []
+    looked = time.monotonic()
     try:
         while waiting or workers:
             while waiting and len(workers) < (os.cpu_count() or 1):
@@ -1680,6 +1680,7 @@ def run_workers(
             channels = [worker.child.channel for worker in workers]
             select.select(channels, [], [], HEARTBEAT_SECONDS)
 
+            looked = excuse_silence(workers, looked)
             for worker in list(workers):
                 if worker.is_finished():
                     workers.remove(worker)
@@ -1765,8 +1766,7 @@ def is_closed_to_us(path: Path) -> bool:
 def check_reachable() -> None:
     """Refuse to go on with software that students cannot execute and read.
 
-    Their kernels are executed with this interpreter and its libraries, as them. Raises:
-    UsageError that names the first file or directory in the way.
+    Their kernels run with this interpreter and its libraries. Raises: UsageError.
     """
     specs = map(importlib.util.find_spec, ("notebook", "ipykernel", "zmq"))
     origins = [spec.origin for spec in specs if spec and spec.origin]
@@ -1800,6 +1800,7 @@ MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
 ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
 PART_PREFIX = ".notebooks-part-"  # of files that are not whole yet
 MAX_NAME_BYTES = 255  # of a file in most file systems
+MAX_SHOWN_PATH = 500  # characters, of which a student can make 25,000
 COPY_CHUNK_BYTES = 1 << 24
 COMPARE_CHUNK_BYTES = 1 << 18
 
@@ -1836,7 +1837,8 @@ class CopyReport(Message, frozen=False):
 
     def fail(self, path: Path, error: OSError) -> None:
         self.failed += 1
-        self.first_failure = self.first_failure or f"{str(path)!r}: {error.strerror}"
+        name = str(path)[:MAX_SHOWN_PATH]
+        self.first_failure = self.first_failure or f"{name!r}: {error.strerror}"
 
     @property
     def problem(self) -> str:
@@ -2005,7 +2007,7 @@ class TreeCopy:
     def charge(self, size: int, path: Path) -> bool:
         """Take from the limit, or remember the first path for which it does not do."""
         if size > self.limit:
-            self.report.over_limit = self.report.over_limit or str(path)
+            self.report.over_limit = self.report.over_limit or str(path)[:MAX_SHOWN_PATH]
             return False
         self.limit -= size
         return True
@@ -2166,11 +2168,7 @@ def runtime_dir_of(account: pwd.struct_passwd) -> Path:
 
 
 def ensure_config_dir() -> None:
-    """Make the directories of root's that all servers need.
-
-    Others may pass through the upper one but not list it: who can read a directory can keep
-    it locked, and root waiting for it.
-    """
+    """Make root's directories; who could list the upper one could keep it locked."""
     CONFIG_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
     RUNTIME_DIR.chmod(0o711)
     # Without this file jupyter_core takes the directory for one of IPython 3's.
@@ -2183,7 +2181,11 @@ def ensure_runtime_dir(account: pwd.struct_passwd) -> None:
     directory = runtime_dir_of(account)
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
-    # A launch that was killed may have left it to root.
+    ensure_owner(directory, account)
+
+
+def ensure_owner(directory: Path, account: pwd.struct_passwd) -> None:
+    """Give a student their directory, which a launch that was killed has left to root."""
     if os.lstat(directory).st_uid != account.pw_uid:
         os.chown(directory, account.pw_uid, account.pw_gid, follow_symlinks=False)
 
@@ -2192,6 +2194,7 @@ def clear_runtime_dir(member: Member) -> None:
     """Remove, with the member's ids, what their servers and kernels have left."""
     directory = runtime_dir_of(member.account)
     with contextlib.suppress(FileNotFoundError):
+        ensure_owner(directory, member.account)
         with acting_as(member.identity):
             directory.chmod(0o700)  # its owner may have closed it
         with acting_as(member.identity), os.scandir(directory) as entries:
@@ -2716,11 +2719,7 @@ EXPORT_SECONDS = 120.0
 
 
 class ServerOrder(Message):
-    """All that a student's server is told.
-
-    `password` is a hash in Jupyter's format. Comes with the listening socket and with the
-    terminal on which the launcher watches the start.
-    """
+    """All that a student's server is told; the password is a hash in Jupyter's format."""
 
     username: str
     port: int
@@ -2758,7 +2757,7 @@ def server_environment(account: pwd.struct_passwd) -> dict[str, str]:
 def start_dir_of(order: ServerOrder, account: pwd.struct_passwd) -> Path:
     """Return where the student's notebooks start; the home if that is not there."""
     start_dir = Path(account.pw_dir, order.start_dir)
-    return start_dir if start_dir.is_dir() else Path(account.pw_dir)
+    return start_dir if os.path.isdir(start_dir) else Path(account.pw_dir)
 
 
 def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
@@ -2791,7 +2790,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "cookie_secret": secrets.token_bytes(32),  # no older cookie is good
             "terminado_settings": {"shell_command": [account.pw_shell, "-l"]},
             "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
-            "kernel_spec_manager_class": kernel_spec_manager_class(order.profile),
+            **kernel_classes(order.profile),
             "shutdown_no_activity_timeout": order.idle_seconds,
         },
         IdentityProvider={"token": ""},
@@ -2825,9 +2824,19 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     )
 
 
-def kernel_spec_manager_class(profile: str) -> type:
-    """Return a manager whose Python kernels run with an IPython profile."""
+def kernel_classes(profile: str) -> dict[str, type]:
+    """Return the managers of a student's kernels, as settings of ServerApp.
+
+    Kernels start in the start directory if nobody names another, as in plain Jupyter;
+    Python kernels run with an IPython profile.
+    """
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+
+    class StudentKernelManager(AsyncMappingKernelManager):
+        async def start_kernel(self, **options: Any) -> str:  # type: ignore[override]
+            options["path"] = options.get("path") or ""
+            return await super().start_kernel(**options)
 
     class StudentKernelSpecManager(KernelSpecManager):
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
@@ -2837,7 +2846,10 @@ def kernel_spec_manager_class(profile: str) -> type:
                 spec.argv.append(f"--profile={profile}")
             return spec
 
-    return StudentKernelSpecManager
+    return {
+        "kernel_manager_class": StudentKernelManager,
+        "kernel_spec_manager_class": StudentKernelSpecManager,
+    }
 
 
 def export_handlers(base_url: str) -> list[tuple[str, type]]:
@@ -2965,8 +2977,7 @@ def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
     os.umask(0o077)
     os.chdir("/")
     app = make_app(order, account)
-    # Kernels that are started without a path run where the server does.
-    os.chdir(start_dir_of(order, account))
+    os.chdir(account.pw_dir)  # not the start directory, which the student may replace
     serve(app, context, socket.socket(fileno=listener_fd))
 
 
@@ -3090,6 +3101,8 @@ class HelperState(enum.Enum):
 class Helper:
     """Keeps a process of the launcher's running: this script, executed afresh."""
 
+    has_news = True  # that it sends after Ready
+
     def __init__(self, role: str) -> None:
         self.role = role
         self.state = HelperState.NEW
@@ -3146,6 +3159,8 @@ class Helper:
                 if isinstance(message, Ready):
                     self.state = HelperState.PROVEN
                     self.ready.set()
+                    if not self.has_news:
+                        await wait_readable(child.pid_fd)
                 self.handle(message)
         except EOFError:
             nonsense = ""
@@ -3395,9 +3410,9 @@ li a { display: flex; justify-content: space-between; gap: 1rem; padding: .6rem 
 li a:hover, li a:focus { background: #f6efe8; } code { color: #666; }
 .message { border-left: .3rem solid #a8470b; padding: .3rem .8rem; }
 @media (prefers-color-scheme: dark) {
-  body { color: #e6e6e6; background: #191919; } li a { border-color: #444; }
-  li a:hover, li a:focus { background: #2c2620; } code { color: #aaa; }
-  input { background: #222; color: inherit; } }
+  body { color: #e6e6e6; background: #191919; } input { background: #222; color: inherit; }
+  li a { border-color: #444; } li a:hover, li a:focus { background: #2c2620; }
+  code { color: #aaa; } }
 """
 
 PAGE = """<!DOCTYPE html>
@@ -3425,12 +3440,7 @@ STARTING = (
 
 
 class Site(Message):
-    """What the landing page shows, and to where it leads.
-
-    shown: user name, name and port of each student in the list that anybody sees. ports: by
-    user name. The files are of the certificate. Comes with the listening socket, of which
-    only a webserver that has just been started makes use.
-    """
+    """What the landing page shows to anybody (user name, name, port), and all ports."""
 
     title: str
     address: str
@@ -3443,6 +3453,8 @@ class Site(Message):
 
 class Webserver(Helper):
     """The launcher's side of the webserver: owns what the page is told."""
+
+    has_news = False  # strangers talk to it: it is heard only before they can
 
     def __init__(self, listener: socket.socket, site: Site) -> None:
         super().__init__("webserver")
@@ -3607,11 +3619,7 @@ async def serve_page(
 
 
 def run_webserver(channel: Channel) -> None:
-    """Serve the landing page.
-
-    Runs as: root until the key is read, then nobody. As it changed its ids without
-    executing anything, other processes of nobody's can neither trace nor read it.
-    """
+    """Serve the landing page, as nobody, whose other processes cannot read us: no exec."""
     setproctitle.setproctitle(WEBSERVER_TITLE)
     logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
     try:
@@ -3668,11 +3676,7 @@ Listeners = dict[int, list[tuple[int, int]]]
 
 
 def find_listeners() -> Listeners:
-    """Return who listens on which TCP port.
-
-    Only the first MAX_LOOKED_DESCRIPTORS of each process are examined, so nobody can slow
-    this down. Source: proc(5), /proc/net/tcp: local address, state, inode.
-    """
+    """Return who listens on which TCP port. Source: proc(5), /proc/net/tcp."""
     ports = {}
     for path in Path("/proc/net").glob("tcp*"):
         for line in path.read_text().splitlines()[1:]:
@@ -3684,7 +3688,9 @@ def find_listeners() -> Listeners:
     listeners: Listeners = {}
     for pid in psutil.pids():
         with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
-            for entry in itertools.islice(entries, MAX_LOOKED_DESCRIPTORS):
+            for entry in itertools.islice(
+                entries, MAX_LOOKED_DESCRIPTORS
+            ):  # or it takes long
                 with contextlib.suppress(OSError):
                     port = ports.get(os.readlink(entry.path))
                     if port:
@@ -4113,7 +4119,7 @@ class Launcher:
 
         self.web.show(self.site())
         status = loop.create_task(self.show_status())
-        work: list[Coroutine[Any, Any, Any]] = [
+        work: list[Any] = [
             *(stop.wait(), self.run_servers(reload_wanted)),
             *(self.context.template.run(), self.web.run()),
         ]
@@ -4182,11 +4188,7 @@ class Launcher:
                 await asyncio.sleep(1)
 
     def watch_memory(self) -> None:
-        """Sum up again and again what the students' processes hold.
-
-        Pages that several share are divided among them: PSS, proc(5). Runs as: a thread
-        that nobody waits for, since a student may hold it up.
-        """
+        """Sum up, in a thread that a student may hold up, what their processes hold."""
         while True:
             uids = [server.uid for server in list(self.servers.values())]
 
@@ -4297,11 +4299,7 @@ def command_setup(course: Course) -> int:
 
 
 def prepare_passwords(config: Config, roster: Roster) -> int:
-    """Fill the empty password cells of the list and save it.
-
-    An account of ours whose system password is not in the list any more loses it, so that
-    it gets the new one. Returns: how many did.
-    """
+    """Fill the empty password cells; return how many accounts of ours lose an old one."""
 
     def make() -> str:
         letters = (secrets.choice(PASSWORD_ALPHABET) for _ in range(config.password_length))
@@ -4314,7 +4312,7 @@ def prepare_passwords(config: Config, roster: Roster) -> int:
 
         account = find_account(student.username)
         if not student.sys_pass and (account is None or is_ours(account)):
-            if account:
+            if account:  # nobody knows its password any more
                 run_program(["usermod", "--password", "!", "--", student.username])
                 renewed += 1
             roster.update(student.username, sys_pass=make())

@@ -19,7 +19,14 @@ import pytest
 import notebooks
 from conftest import CourseMaker
 from notebooks import GRACE_SECONDS, Error, Member, Outcome, Student, run_workers
-from support import ENVIRONMENT, Course, made_account, processes_of, wait_until
+from support import (
+    ENVIRONMENT,
+    Course,
+    in_child,
+    made_account,
+    processes_of,
+    wait_until,
+)
 
 PYTHON = "/usr/bin/python3"
 # Programs of these names do what their standard input says, so that the command lines,
@@ -409,6 +416,23 @@ def test_nobody_is_given_up_because_the_caller_takes_its_time(
         results[student.line] = result
         time.sleep(3)
     assert results == {1: None, 2: None}
+
+
+def test_nobody_is_given_up_because_the_command_was_suspended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By Ctrl-Z, which suspends the workers, too."""
+    monkeypatch.setattr(notebooks, "STUCK_SECONDS", 3.0)
+
+    def work_suspended() -> list[str]:
+        os.setpgid(0, 0)
+        resume = f"sleep 1; kill -STOP -{os.getpid()}; sleep 5; kill -CONT -{os.getpid()}"
+        with subprocess.Popen(["setsid", "sh", "-c", resume]):
+            work = for_each_student(lambda _: time.sleep(3), students(2))
+            return [str(result) for _, result in work]
+
+    for _ in range(3):
+        assert in_child(work_suspended) == ["None", "None"]
 
 
 def test_a_worker_holds_no_lock_and_nothing_else_that_is_open(tmp_path: Path) -> None:

@@ -139,6 +139,35 @@ def test_a_kernel_without_a_path_runs_where_the_server_was_started(
     notebook.api("DELETE", f"kernels/{notebook.kernel_id}")
 
 
+def test_a_start_directory_that_is_made_again_does_not_end_kernels(
+    course: Course, student: str
+) -> None:
+    """As by `rm -r material; git clone ...` while the server runs."""
+    material = f"course/{course.material.name}"
+    script = f"mv {material} away; cp -r away {material}; rm -r away"
+    run_as(student, "sh", "-ec", script, check=True)
+    notebook = course.notebook(student)
+    for specification in ({}, {"path": "welcome.ipynb"}):
+        notebook.start_kernel(**specification)
+        directory = str(course.home(student) / material)
+        assert notebook.execute("import os; print(os.getcwd())") == directory
+        notebook.api("DELETE", f"kernels/{notebook.kernel_id}")
+    assert notebook.execute_in_terminal("pwd") == str(course.home(student))
+
+
+@pytest.mark.parametrize("closed", ["course", "course/material"])
+def test_a_start_directory_that_its_student_has_closed_ends_no_server(
+    make_course: CourseMaker, closed: str
+) -> None:
+    course = make_course(1)
+    course.check("setup")
+    course.check("send")
+    run_as(course.students[0], "chmod", "000", closed, check=True)
+    launch = course.launch().wait_ready()
+    assert "1 of 1 notebook servers run." in launch.output
+    course.notebook(course.students[0]).api("GET", "kernelspecs")
+
+
 # Searches its session keyring for a key: keyctl(2), KEYCTL_SEARCH.
 FIND_KEY = """
 import ctypes
