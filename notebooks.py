@@ -1592,8 +1592,8 @@ class Worker:
         with uninterrupted():
             self.child = Child.fork(lambda channel: work(channel, function, member))
 
-    def is_finished(self) -> bool:
-        """Take what it has sent, and say whether it has ended or been given up."""
+    def is_finished(self, looked: float) -> bool:
+        """Take what it has sent; say if it has ended, or was silent for too long."""
         while is_readable(self.child.channel.fileno()):
             self.heard = time.monotonic()
             try:
@@ -1604,7 +1604,7 @@ class Worker:
             if not isinstance(message, SignOfLife):
                 self.answer = message
 
-        if time.monotonic() < self.heard + STUCK_SECONDS:
+        if looked < self.heard + STUCK_SECONDS:
             return False
         self.answer = Failed(STUCK, is_stuck=True)
         self.child.stop(0, signal.SIGKILL)
@@ -1682,7 +1682,7 @@ def run_workers(
 
             looked = excuse_silence(workers, looked)
             for worker in list(workers):
-                if worker.is_finished():
+                if worker.is_finished(looked):
                     workers.remove(worker)
                     yield worker
     finally:
