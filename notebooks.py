@@ -33,7 +33,7 @@ server     student  one Jupyter Notebook server per student, on a port of its ow
 Template and webserver are the launcher's helpers: this script, executed afresh with one end
 of a channel. Each ends when the other end is gone. SIGHUP has the launcher read
 configuration and list again; `setup` and `remove` send it. SIGTERM and Ctrl-C end the
-launcher and its helpers; the servers run on. These are the messages between all of them:
+launcher and its helpers; the servers run on. These are all messages between our processes:
 
 message      from      to        descriptors        says
 Ready        helper    launcher  -                  it can do its work from now on
@@ -56,18 +56,18 @@ launcher                          template              fork (root, then the stu
 3 Server.start_once  has an order
 4 Template.fork   --ForkRequest-> 5 fork_on_request --> take_order
                   --ServerOrder (through the new channel)-> .
-                  <-Forked--------------------------------- .
+                  <-Forked, or Failed from the template --- .
                                                         6 become_server  drops privileges
                                                         7 make_app       builds Jupyter
                                                         8 serve          prints its address
 9 watch_start     <-the address, through the terminal------ .
                                                           move_output_to_log
-  Server.tend        waits for the end of the process
+  Server.wait_for_end  <-Exited-- report_exits
 
 A server is wanted at launch, or when somebody connects to its port, on which the launcher
-listens while no server runs. A template that dies during a start closes the new channel:
-`Template.fork` raises, `Server.start` reports it, `Template.run` starts another template,
-and the next visit starts the server. Servers that run need no template.
+listens while no server runs. A template that dies before it has forked closes the new
+channel: `Template.fork` raises, `Server.start` reports it, `Template.run` starts another
+template, and the next visit starts the server. A fork needs its template no more.
 """
 
 import argparse
@@ -152,7 +152,7 @@ Value = TypeVar("Value")
 # == Errors, and words for people ==========================================================
 #
 # Whatever can be foreseen to go wrong is an `Error`, whose message says what to do. Only
-# `main` prints one and ends the program with its exit status; a bug keeps its traceback.
+# `main` ends the program with one; a bug keeps its traceback.
 
 
 class Error(Exception):
@@ -279,7 +279,7 @@ def confirm(question: str) -> None:
 
 # == Tools: programs and files =============================================================
 #
-# Programs of the system's do what they do best. Files of ours are whole at any time.
+# System programs do what they do best. A file that we write is complete at any moment.
 
 # Where programs are looked for, and those without which setup and remove do not begin.
 PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -427,12 +427,13 @@ def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> int:
 
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_MESSAGE_DESCRIPTORS = 4
+TAG = "@message"  # no student has this user name
 SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
 
 
 @dataclass_transform(frozen_default=True)
 class Message:
-    """What a process tells another, as JSON; each subclass becomes a frozen dataclass."""
+    """What a process tells another, as JSON; each subclass becomes a (frozen) dataclass."""
 
     def __init_subclass__(cls, frozen: bool = True) -> None:
         dataclasses.dataclass(frozen=frozen)(cls)
@@ -443,7 +444,7 @@ def decode_message(data: bytes) -> Message:
     kinds = {kind.__name__: kind for kind in Message.__subclasses__()}
 
     def as_message(fields: dict[str, Any]) -> Any:
-        kind = kinds.get(fields.pop("message", ""))
+        kind = kinds.get(fields.pop(TAG, ""))
         return kind(**fields) if kind else fields
 
     try:
@@ -476,7 +477,7 @@ class Channel(socket.socket):
         # Not socket.send_fds, which ignores its flags up to Python 3.11.
         # Each message is an object of its fields and its class's name.
         data = json.dumps(
-            message, default=lambda part: {"message": type(part).__name__, **vars(part)}
+            message, default=lambda part: {TAG: type(part).__name__, **vars(part)}
         ).encode()
         if len(data) > MAX_MESSAGE_BYTES:
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
@@ -589,8 +590,10 @@ def fork_process(function: Callable[[], object], keep: Collection[int] = ()) -> 
     except BaseException:
         traceback.print_exc()
     finally:
-        flush_output()
-        os._exit(status)
+        try:
+            flush_output()
+        finally:  # nothing may return to what the parent does
+            os._exit(status)
 
 
 class Child(Process):
@@ -630,12 +633,13 @@ class Child(Process):
 
     def reap(self) -> int:
         """Wait for the end; return the exit status, or the negative of a signal."""
-        self.close()
-        self.channel.close()
         if self.popen:
-            return self.popen.wait()
-        _, wait_status = os.waitpid(self.pid, 0)
-        return os.waitstatus_to_exitcode(wait_status)
+            code = self.popen.wait()
+        else:
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.close()  # not before: Ctrl-C may come while we wait, and `stop` after that
+        self.channel.close()
+        return code
 
     def stop(self, seconds: float, number: int = 0) -> int | None:
         """End the child: by closing its channel, by a signal, in the end by SIGKILL.
@@ -775,7 +779,7 @@ def read_shadow(username: str) -> list[str]:
     return []
 
 
-def is_closed(username: str) -> bool:
+def is_expired(username: str) -> bool:
     """Say whether `end_account` has closed this account."""
     return read_shadow(username)[7:8] == ["1"]
 
@@ -841,7 +845,7 @@ def drop_privileges(identity: Identity) -> None:
 
 
 def parse_path(text: str) -> Path:
-    """Read a path; it becomes relative to the configuration file in `read_config`."""
+    """Read a path; `parse_value` makes it absolute."""
     if not text:
         raise ValueError("needs a path")
     if text == "~" or text.startswith("~/"):
@@ -1397,7 +1401,7 @@ def load_course(path: Path, yes: bool) -> Course:
         raise UsageError("\n".join([*problems, str(error)])) from None
 
     problems += roster.problems()
-    if config.group in roster:
+    if config.group and config.group in roster:
         problems.append(f"{path}: [Setup] group = {config.group}: is a student's name")
     if problems:
         raise UsageError("\n".join(problems))
@@ -1408,8 +1412,8 @@ def load_course(path: Path, yes: bool) -> Course:
 
 # == Members, and the accounts that setup makes ============================================
 #
-# A command looks its members up once. Each `ensure_` function does only what is missing, so
-# that a setup that was interrupted anywhere is finished by the next one.
+# A member is looked up once, and again after the teacher was asked. Each `ensure_` function
+# does only what is missing: a setup that was interrupted is finished by the next one.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1467,7 +1471,7 @@ def ensure_account(student: Student, group: str) -> str:
         return "new"
 
     # A remove that failed has closed it.
-    if is_ours(account) and is_closed(student.username):
+    if is_ours(account) and is_expired(student.username):
         run_program(["usermod", "--expiredate", "", "--", student.username])
 
     if group and student.username not in group_members(group):
@@ -1588,9 +1592,7 @@ class Worker:
         self.heard = time.monotonic()
         self.answer: Message | None = None
         self.exit_code = 0
-        # Until the child is ready to clean up, it must not be interrupted.
-        with uninterrupted():
-            self.child = Child.fork(lambda channel: work(channel, function, member))
+        self.child = Child.fork(lambda channel: work(channel, function, member))
 
     def is_finished(self, looked: float) -> bool:
         """Take what it has sent; say if it has ended, or was silent for too long."""
@@ -1632,7 +1634,10 @@ def work(channel: Channel, function: Callable[[Member], Any], member: Member) ->
     def handle_alarm(*_: object) -> None:
         # A command that is suspended reads nothing for a while, and loses nothing.
         with contextlib.suppress(BlockingIOError):
-            channel.send_message(SignOfLife(), wait=False)
+            try:
+                channel.send_message(SignOfLife(), wait=False)
+            except BrokenPipeError:  # the command was killed
+                handle_interrupt()
 
     for number in INTERRUPTS:
         signal.signal(number, handle_interrupt)
@@ -1676,7 +1681,8 @@ def run_workers(
     try:
         while waiting or workers:
             while waiting and len(workers) < (os.cpu_count() or 1):
-                workers.append(Worker(function, waiting.pop()))
+                with uninterrupted():  # until the child is ready to clean up
+                    workers.append(Worker(function, waiting.pop()))
             channels = [worker.child.channel for worker in workers]
             select.select(channels, [], [], HEARTBEAT_SECONDS)
 
@@ -1730,11 +1736,11 @@ class Outcome:
             else:
                 yield worker.member, value
 
-    def members(self, roster: Roster) -> list[Member]:
-        """Return those of the list who have an account; the others fail."""
-        members = find_members(roster.students)
+    def members(self, students: Sequence[Student]) -> list[Member]:
+        """Return those who have an account; the others fail."""
+        members = find_members(students)
         present = {member.username for member in members}
-        for student in roster.students:
+        for student in students:
             if student.username not in present:
                 self.failed(student.username, "has no account; run setup first")
         return members
@@ -1750,43 +1756,6 @@ class Outcome:
             text += f" {len(self.failures)} failed: {', '.join(self.failures)}."
         say(text)
         return 1 if self.failures else 0
-
-
-def steps_to(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield the directories on the way to each file, from the root on, and the file."""
-    for path in paths:
-        yield from (*reversed(path.parents), path)
-
-
-def is_closed_to_us(path: Path) -> bool:
-    need = os.X_OK if path.is_dir() else os.R_OK
-    return not os.access(path, need, effective_ids=True)
-
-
-def check_reachable() -> None:
-    """Refuse to go on with software that students cannot execute and read.
-
-    Their kernels run with this interpreter and its libraries. Raises: UsageError.
-    """
-    specs = map(importlib.util.find_spec, ("notebook", "ipykernel", "zmq"))
-    origins = [spec.origin for spec in specs if spec and spec.origin]
-    if len(origins) < 3:
-        raise UsageError(
-            f"{sys.executable} has no Jupyter Notebook; run the notebooks.py that"
-            " `sudo make install` puts into /usr/local/bin"
-        )
-
-    # A link and what it leads to may lie in different directories.
-    targets = [sys.executable, os.__file__, shutil.__file__, *origins]
-    paths = [Path(each) for each in (*targets, *map(os.path.realpath, targets))]
-    with acting_as(identity_of(pwd.getpwnam("nobody"))):
-        closed = next(filter(is_closed_to_us, steps_to(paths)), None)
-    if closed:
-        raise UsageError(
-            f"students cannot execute {sys.executable}: {closed} is closed to them;"
-            " install notebooks.py where everyone may read, as `sudo make install` does"
-            " (into /opt/notebooks), and run that"
-        )
 
 
 # == Copying trees =========================================================================
@@ -2014,7 +1983,7 @@ class TreeCopy:
 
     def copy_directory(self, source_fd: int, destination_fd: int, path: Path) -> None:
         if not self.dry_run:
-            self.remove_parts(destination_fd)
+            self.remove_partial_files(destination_fd)
 
         with os.scandir(source_fd) as entries:
             for entry in entries:
@@ -2031,7 +2000,7 @@ class TreeCopy:
                         raise Error(f"{error.strerror}; {self.report}") from None
                     self.report.fail(inner, error)
 
-    def remove_parts(self, directory_fd: int) -> None:
+    def remove_partial_files(self, directory_fd: int) -> None:
         """Remove what a copy that was killed has left in a directory."""
         with acting_as(self.writer), os.scandir(directory_fd) as entries:
             for entry in itertools.islice(entries, MAX_ENTRIES):
@@ -2160,7 +2129,7 @@ def is_profile_file(path: Path) -> bool:
 
 RUNTIME_DIR = Path("/var/lib/notebooks")
 CONFIG_DIR = RUNTIME_DIR / "config"  # root's, where servers look for configuration
-TEMPLATE_HOME = RUNTIME_DIR / "template"  # does not exist
+TEMPLATE_HOME = RUNTIME_DIR / "template"  # HOME of the helpers: nobody makes it
 
 
 def runtime_dir_of(account: pwd.struct_passwd) -> Path:
@@ -2168,7 +2137,7 @@ def runtime_dir_of(account: pwd.struct_passwd) -> Path:
 
 
 def ensure_config_dir() -> None:
-    """Make root's directories; who could list the upper one could keep it locked."""
+    """Make root's directories. Whoever could list the upper one could keep it locked."""
     CONFIG_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
     RUNTIME_DIR.chmod(0o711)
     # Without this file jupyter_core takes the directory for one of IPython 3's.
@@ -2181,28 +2150,22 @@ def ensure_runtime_dir(account: pwd.struct_passwd) -> None:
     directory = runtime_dir_of(account)
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
-    ensure_owner(directory, account)
-
-
-def ensure_owner(directory: Path, account: pwd.struct_passwd) -> None:
-    """Give a student their directory, which a launch that was killed has left to root."""
     if os.lstat(directory).st_uid != account.pw_uid:
         os.chown(directory, account.pw_uid, account.pw_gid, follow_symlinks=False)
 
 
 def clear_runtime_dir(member: Member) -> None:
     """Remove, with the member's ids, what their servers and kernels have left."""
+    ensure_runtime_dir(member.account)  # a launch that was killed may have left it to root
     directory = runtime_dir_of(member.account)
-    with contextlib.suppress(FileNotFoundError):
-        ensure_owner(directory, member.account)
-        with acting_as(member.identity):
-            directory.chmod(0o700)  # its owner may have closed it
-        with acting_as(member.identity), os.scandir(directory) as entries:
+    with acting_as(member.identity):
+        directory.chmod(0o700)  # its owner may have closed it
+        with os.scandir(directory) as entries:
             for entry in itertools.islice(entries, MAX_ENTRIES):
                 with contextlib.suppress(OSError):  # a directory: not a kernel's
                     os.unlink(entry.path)
-        with contextlib.suppress(OSError):  # not empty
-            directory.rmdir()
+    with contextlib.suppress(OSError):  # not empty
+        directory.rmdir()
 
 
 def ensure_rehearsal_home() -> Path:
@@ -2223,11 +2186,12 @@ def clear_rehearsal_homes() -> None:
 
 
 def clear_empty_runtime_dir() -> None:
-    """Remove the directory above once nobody has one in it."""
+    """Remove RUNTIME_DIR once no student has a directory in it."""
     clear_rehearsal_homes()
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # a launch may put something in at this moment
         if os.listdir(RUNTIME_DIR) == [CONFIG_DIR.name]:
-            run_deletion("rm", "-rf", "--", str(RUNTIME_DIR))
+            shutil.rmtree(CONFIG_DIR)
+            RUNTIME_DIR.rmdir()
 
 
 # == Ending processes, and accounts ========================================================
@@ -2269,7 +2233,7 @@ def read_argv(pid: int) -> list[str]:
 
 
 def read_name(pid: int) -> str:
-    """Return 15 bytes of a process's title, for which nobody needs its memory: proc(5)."""
+    """Return the first 15 bytes of a process's title, which take no lock on its memory."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_bytes()[:-1].decode(errors="replace")
     return ""
@@ -2476,7 +2440,7 @@ def end_families(known: dict[int, set[int]]) -> dict[int, int]:
 def end_account(account: pwd.struct_passwd) -> None:
     """End all that an account of ours runs, for good; raises Error if that fails."""
     for _, mount, *_ in psutil.disk_partitions(all=True):
-        if Path(account.pw_dir) in Path(mount).parents:  # userdel would empty it
+        if Path(mount).is_relative_to(account.pw_dir):  # userdel would empty it
             raise Error(f"something is mounted at {mount!r}; umount it, then remove again")
 
     # Closed first, so that neither ssh nor cron start anything new.
@@ -2853,7 +2817,7 @@ def kernel_classes(profile: str) -> dict[str, type]:
 
 
 def export_handlers(base_url: str) -> list[tuple[str, type]]:
-    """Return handlers that have *Save and export as* done by processes of theirs."""
+    """Return handlers that run nbconvert, for *Save and export as*, as the student."""
     from jupyter_server.auth.decorator import authorized
     from jupyter_server.base.handlers import APIHandler, JupyterHandler, path_regex
     from tornado import web
@@ -3055,7 +3019,7 @@ def move_output_to_log() -> None:
 # The order for a fork goes through a channel of its own. So the template never knows a
 # student's secrets, and no other student's server can have them in its memory.
 
-START_SECONDS = 60.0  # until a fork must have answered, and a server named its address
+START_SECONDS = 60.0  # for a fork to answer, and again for a server to name its address
 STOP_SECONDS = 1.5  # in which a helper must have ended
 EXIT_REPORT_SECONDS = 1.0  # in which a template has reported an end that we see
 TEMPLATE_TITLE = "notebooks.py: template process"
@@ -3101,7 +3065,7 @@ class HelperState(enum.Enum):
 class Helper:
     """Keeps a process of the launcher's running: this script, executed afresh."""
 
-    has_news = True  # that it sends after Ready
+    has_news = True  # it sends more than Ready
 
     def __init__(self, role: str) -> None:
         self.role = role
@@ -3157,7 +3121,8 @@ class Helper:
                 for fd in fds:
                     os.close(fd)
                 if isinstance(message, Ready):
-                    self.state = HelperState.PROVEN
+                    if self.state is HelperState.NEW:
+                        self.state = HelperState.PROVEN
                     self.ready.set()
                     if not self.has_news:
                         await wait_readable(child.pid_fd)
@@ -3219,7 +3184,6 @@ class Template(Helper):
 
     async def fork(self, order: Message, fds: Sequence[int]) -> Fork:
         """Have a fork take an order; raises Error or OSError. Step 4 of a start."""
-        await self.ready.wait()
         ours, theirs = Channel.pair()
         with ours:
             with theirs:
@@ -3230,6 +3194,8 @@ class Template(Helper):
                 answer, received = ours.receive_message()
             except (EOFError, ConnectionError):
                 raise Error("the template process ended before it started it") from None
+            except TimeoutError:
+                raise Error("the template process does not answer") from None
 
         match answer:
             case Forked(pid):
@@ -3454,7 +3420,7 @@ class Site(Message):
 class Webserver(Helper):
     """The launcher's side of the webserver: owns what the page is told."""
 
-    has_news = False  # strangers talk to it: it is heard only before they can
+    has_news = False  # strangers talk to it: we read nothing once it serves them
 
     def __init__(self, listener: socket.socket, site: Site) -> None:
         super().__init__("webserver")
@@ -3619,7 +3585,7 @@ async def serve_page(
 
 
 def run_webserver(channel: Channel) -> None:
-    """Serve the landing page, as nobody, whose other processes cannot read us: no exec."""
+    """Serve the landing page. Runs as: root until it has read the key, then nobody."""
     setproctitle.setproctitle(WEBSERVER_TITLE)
     logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
     try:
@@ -3629,6 +3595,7 @@ def run_webserver(channel: Channel) -> None:
     assert isinstance(site, Site)
 
     context = Certificate(Path(site.cert_file), Path(site.key_file)).context()
+    # Without an exec, other processes of nobody's can neither trace nor read this one.
     nobody = pwd.getpwnam("nobody")
     drop_privileges(Identity(nobody.pw_uid, nobody.pw_gid, (nobody.pw_gid,)))
     release_memory()
@@ -3824,11 +3791,7 @@ class StartContext:
 
 
 class Server:
-    """A student's server: holds its port, starts it, and knows of its end.
-
-    Nobody else closes the listening socket or writes these fields. `settled` is set when
-    the first start is over, or was not wanted, or takes long.
-    """
+    """A student's server: nobody else closes its socket or writes these fields."""
 
     def __init__(
         self,
@@ -3843,7 +3806,7 @@ class Server:
         self.process = process
         self.state = ServerState.RUNNING if process else ServerState.STOPPED
         self.back_off = BackOff()
-        self.settled = asyncio.Event()
+        self.settled = asyncio.Event()  # the first start is over, not wanted, or takes long
         self.task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -3912,8 +3875,8 @@ class Server:
                 if not wanted:
                     self.settled.set()
                     await wait_readable(self.listener.fileno())
-                self.back_off.start()
                 await self.start(context)
+                self.back_off.start()  # not before: a start that fails may take long
             wanted = False
             self.settled.set()
 
@@ -3968,6 +3931,7 @@ class Server:
 
     async def start_once(self, context: StartContext) -> Fork:
         """Have a server forked, and watch it until it is ready. Step 3 of a start."""
+        await context.template.ready.wait()  # which may take: what counts is what is then
         account = self.check_account()
         ensure_runtime_dir(account)
         order = server_order(context, self)
@@ -3992,7 +3956,7 @@ class Server:
     def check_account(self) -> pwd.struct_passwd:
         """Return the account as it is now, perhaps months after launch; raises Error."""
         account = find_account(self.username)
-        if account is None or account.pw_uid != self.uid or is_closed(self.username):
+        if account is None or account.pw_uid != self.uid or is_expired(self.username):
             raise Error("the account does not exist, or is closed; run setup")
         if not os.path.isdir(account.pw_dir):
             raise Error(f"{account.pw_dir} is missing; run setup")
@@ -4071,7 +4035,7 @@ class Launcher:
         listeners = find_listeners()
         servers = []
 
-        for member in outcome.members(course.roster):
+        for member in outcome.members(course.roster.students):
             with outcome.step(member.username):
                 server = self.servers.get(member.username) or Server.open(
                     member, ports, course.config.port, listeners
@@ -4202,8 +4166,7 @@ class Launcher:
     async def reload(self) -> None:
         """Read the configuration and the list again; servers that run stay untouched.
 
-        If either is bad, or cannot be read, everything goes on as before. Raises: BusyError
-        if it has to be done again a little later.
+        If either is bad all goes on as before, but for who has left. Raises: BusyError.
         """
         try:
             course = load_course(self.context.config.path, False)
@@ -4261,6 +4224,44 @@ class Launcher:
 # In the order of the usage line, each with the steps for one member that its workers take.
 # A command returns its exit status.
 
+LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
+
+
+def first_closed_step(paths: Iterable[Path]) -> Path | None:
+    """Return the first directory or file, on the way to these, that is closed to us."""
+    for path in paths:
+        for step in (*reversed(path.parents), path):
+            need = os.X_OK if step.is_dir() else os.R_OK
+            if not os.access(step, need, effective_ids=True):
+                return step
+    return None
+
+
+def check_reachable() -> None:
+    """Refuse to go on with software that students cannot execute and read.
+
+    Their kernels run with this interpreter and its libraries. Raises: UsageError.
+    """
+    specs = map(importlib.util.find_spec, ("notebook", "ipykernel", "zmq"))
+    origins = [spec.origin for spec in specs if spec and spec.origin]
+    if len(origins) < 3:
+        raise UsageError(
+            f"{sys.executable} has no Jupyter Notebook; run the notebooks.py that"
+            " `sudo make install` puts into /usr/local/bin"
+        )
+
+    # A link and what it leads to may lie in different directories.
+    targets = [sys.executable, os.__file__, shutil.__file__, *origins]
+    paths = [Path(each) for each in (*targets, *map(os.path.realpath, targets))]
+    with acting_as(identity_of(pwd.getpwnam("nobody"))):
+        closed = first_closed_step(paths)
+    if closed:
+        raise UsageError(
+            f"students cannot execute {sys.executable}: {closed} is closed to them;"
+            " install notebooks.py where everyone may read, as `sudo make install` does"
+            " (into /opt/notebooks), and run that"
+        )
+
 
 def command_setup(course: Course) -> int:
     """Make what is missing: group, accounts, passwords, directories, profiles.
@@ -4283,7 +4284,7 @@ def command_setup(course: Course) -> int:
         if config.group:
             run_program(["groupadd", "--force", "--", config.group])
         done = ensure_accounts(config, roster.students, outcome)
-        members = find_members(done)
+        members = outcome.members([*done])
         furnish = functools.partial(furnish_home, config)
         for member, _ in outcome.each(furnish, members, "homes"):
             counts[done[member.student]] += 1
@@ -4372,7 +4373,7 @@ def copy_for_all(course: Course, label: str, copy: Callable[[Member], CopyReport
     outcome = Outcome()
     total = CopyReport()
     with course.roster.locked():
-        members = outcome.members(course.roster)
+        members = outcome.members(course.roster.students)
         if not members:
             raise UsageError(f"{course.roster.path}: nobody has an account; run setup")
         for member, report in outcome.each(copy, members, label):
@@ -4463,9 +4464,6 @@ def retrieve_from(config: Config, member: Member, dry_run: bool = False) -> Copy
     return copy.run(member.home, parts, config.storage_dir, (member.username,))
 
 
-LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
-
-
 def command_remove(course: Course) -> int:
     """Delete the accounts that setup made, after asking."""
     check_programs()
@@ -4485,8 +4483,9 @@ def command_remove(course: Course) -> int:
             outcome,
         )
         for member in others:
-            leave_course(member, config.group, roster)
-            outcome.done(member.username, "not made by setup; the account stays")
+            with outcome.step(member.username):
+                leave_course(member, config.group, roster)
+                outcome.done(member.username, "not made by setup; the account stays")
         roster.save()
 
     reload_launcher(config.port)
@@ -4546,11 +4545,14 @@ class HomeReport(Message):
 
 
 def look_at_home(config: Config, member: Member) -> HomeReport:
-    """Look at a home as its owner can see it; raises Error if its work cannot be seen."""
+    """Look at a home as its owner can see it."""
     home_fd = open_directory(member.home, (), member.identity)
     with acting_as(member.identity):
         size = directory_bytes(home_fd, time.monotonic() + LOOK_SECONDS)
-    work = retrieve_from(config, member, dry_run=True)
+    try:
+        work = retrieve_from(config, member, dry_run=True)
+    except Error as error:
+        return HomeReport(size, False, str(error))
     has_work = bool(work.new or work.updated or work.over_limit)
     return HomeReport(size, has_work, work.first_failure)
 
@@ -4691,7 +4693,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         log.error("interrupted; the same command, run again, finishes the work")
-        return 130
+        return Interrupted.exit_status
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ NONSENSE = {
     "no JSON": b"{",
     "no object": b"[1]",
     "no message": b'{"pid": 1}',
-    "an unknown one": b'{"message": "Reboot"}',
-    "not a name": b'{"message": ["Ready"]}',
-    "other fields": b'{"message": "Ready", "\\u001b]0;title\\u0007": 1}',
+    "an unknown one": b'{"@message": "Reboot"}',
+    "not a name": b'{"@message": ["Ready"]}',
+    "other fields": b'{"@message": "Ready", "\\u001b]0;title\\u0007": 1}',
     "deep": b"[" * 100_000,
     "a long number": b"9" * 10_000,
 }
@@ -80,7 +80,7 @@ def test_the_end_of_a_channel_is_told_and_leaves_no_descriptor() -> None:
 
 
 def test_messages_within_messages_are_messages_again() -> None:
-    message = Done([Exited(1, -9), {"a": Ready()}])
+    message = Done([Exited(1, -9), {"a": Ready(), "message": 1}])
     ours, theirs = Channel.pair()
     with ours, theirs:
         ours.send_message(message)
