@@ -84,6 +84,7 @@ import difflib
 import enum
 import errno
 import fcntl
+import fnmatch
 import functools
 import gc
 import grp
@@ -116,6 +117,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import warnings
 from collections.abc import (
@@ -259,10 +261,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return "known are " + ", ".join(words.values())
 
 
-def confirm(question: str) -> None:
-    """Ask the teacher; raises UsageError unless the answer is yes."""
+def confirm(question: str, otherwise: str) -> None:
+    """Ask the teacher; raises UsageError, unless the answer is yes."""
     if not sys.stdin.isatty():
-        raise UsageError("nothing was deleted: without a terminal this needs --yes")
+        raise UsageError(f"{otherwise}: without a terminal this needs --yes")
 
     try:
         answer = input(f"{question} [yes/no] ")
@@ -271,10 +273,10 @@ def confirm(question: str) -> None:
         answer = ""
     except KeyboardInterrupt:
         say("")
-        raise Interrupted("interrupted; nothing was deleted") from None
+        raise Interrupted(f"interrupted; {otherwise}") from None
 
     if answer.strip().lower() not in ("y", "yes"):
-        raise UsageError("nothing was deleted")
+        raise UsageError(otherwise)
 
 
 # == Tools: programs and files =============================================================
@@ -334,8 +336,8 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
 
     if done.returncode:
         words = done.stderr.strip() or f"exit status {done.returncode}"
-        last = words.splitlines()[-1].removeprefix(f"{argv[0]}: ")
-        raise Error(f"{argv[0]}: {last}")
+        lines = [line.removeprefix(f"{argv[0]}: ") for line in words.splitlines()]
+        raise Error(f"{argv[0]}: {' / '.join(lines[-3:])}")
     return done.stdout
 
 
@@ -844,6 +846,10 @@ def drop_privileges(identity: Identity) -> None:
 # ValueError with what would be right. All that is wrong is told at once.
 
 
+# What editors, Jupyter and version control leave, which is nobody's work.
+IGNORE = ".git .svn .ipynb_checkpoints __pycache__ .DS_Store ._* Thumbs.db .~* *.swp .nfs*"
+
+
 def parse_path(text: str) -> Path:
     """Read a path; `parse_value` makes it absolute."""
     if not text:
@@ -920,6 +926,13 @@ def parse_address(text: str) -> str:
     return f"[{text}]" if ":" in text and not text.startswith("[") else text
 
 
+def parse_patterns(text: str) -> tuple[str, ...]:
+    """Read file name patterns with blanks between: fnmatch(3)."""
+    if "/" in text:
+        raise ValueError("must be patterns of names, such as `*.bak`, without directories")
+    return tuple(text.split())
+
+
 parse_group = matching(
     USERNAME.pattern, "a group name: lower-case letters, digits, - and _"
 )
@@ -945,6 +958,7 @@ class Config:
     password_length: int = setting("Setup", whole_number(8, 128), "12")
     group: str = setting("Setup", parse_group, "students")
     keep_changed: bool = setting("Setup", parse_bool, "no")
+    ignore: tuple[str, ...] = setting("Setup", parse_patterns, IGNORE)
     profile: str = setting("Setup", parse_profile)
     cert_file: Path | None = setting("Launch", optional(parse_path))
     key_file: Path | None = setting("Launch", optional(parse_path))
@@ -969,6 +983,10 @@ class Config:
     def start_dir(self) -> PurePath:
         """Where notebooks start, relative to the home."""
         return self.launch_dir or self.material_name
+
+    def is_wanted(self, path: Path) -> bool:
+        """Say whether `send` and `retrieve` copy files of this name."""
+        return not any(fnmatch.fnmatchcase(path.name, each) for each in self.ignore)
 
     @property
     def profile_dir(self) -> Path:
@@ -1384,15 +1402,30 @@ class Roster:
 
 
 @dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says besides the command and the file."""
+
+    yes: bool = False  # do not ask
+    reset: bool = False  # send what has not changed, too
+    only: frozenset[str] | None = None  # user names; None: all
+
+
+@dataclasses.dataclass(frozen=True)
 class Course:
     """What a command works on."""
 
     config: Config
     roster: Roster
-    yes: bool  # do not ask
+    options: Options
+
+    @property
+    def students(self) -> list[Student]:
+        """Those of the list for whom the command is."""
+        only = self.options.only
+        return [x for x in self.roster.students if only is None or x.username in only]
 
 
-def load_course(path: Path, yes: bool) -> Course:
+def load_course(path: Path, options: Options = Options()) -> Course:
     """Read both files; raises UsageError with everything that is wrong in either."""
     config, problems = read_config(path)
     try:
@@ -1403,11 +1436,14 @@ def load_course(path: Path, yes: bool) -> Course:
     problems += roster.problems()
     if config.group and config.group in roster:
         problems.append(f"{path}: [Setup] group = {config.group}: is a student's name")
+    names = [student.username for student in roster.students]
+    for name in sorted((options.only or frozenset()).difference(names)):
+        problems.append(f"--only {name}: is not in {roster.path}; {nearest(name, names)}")
     if problems:
         raise UsageError("\n".join(problems))
-    if not roster.students:
+    if not names:
         raise UsageError(f"{roster.path}: there is no student in it")
-    return Course(config, roster, yes)
+    return Course(config, roster, options)
 
 
 # == Members, and the accounts that setup makes ============================================
@@ -1450,6 +1486,8 @@ def find_members(students: Iterable[Student]) -> list[Member]:
 
 def warn_of_strays(course: Course) -> None:
     """Name members of the group who have an account of ours, but no row."""
+    if course.options.only is not None:  # the teacher does not think of all now
+        return
     for name in sorted(group_members(course.config.group)):
         if name not in course.roster and is_ours(find_account(name)):
             log.warning(
@@ -1501,19 +1539,6 @@ def add_account(student: Student, group: str) -> None:
         # A setup that was killed may have called a useradd that has just ended.
         if not is_ours(find_account(student.username)):
             raise
-
-
-def set_missing_passwords(students: Iterable[Student]) -> None:
-    """Give our accounts without a system password the one in the list, through one pipe."""
-    lines = "".join(
-        f"{student.username}:{student.sys_pass}\n"
-        for student in students
-        # `!` before a password is something else: somebody has locked that account.
-        if read_shadow(student.username)[1:2] == ["!"]
-        and is_ours(find_account(student.username))
-    )
-    if lines:
-        run_program(["chpasswd"], lines)
 
 
 def ensure_home(account: pwd.struct_passwd) -> None:
@@ -1763,26 +1788,56 @@ class Outcome:
 # One recursive copy serves `send`, `retrieve` and the IPython profile. It reads with the
 # ids of one user and writes with those of another, so nobody gains anything by putting a
 # link, a FIFO or somebody else's file in its way.
+#
+# It replaces files and destroys no work. A record beside the copies tells what was copied
+# last. So a file that nobody has touched since is simply replaced; where only the copy was
+# changed it stays; where both were, the copy is kept under another name.
 
 MAX_ENTRIES = 100_000  # of a directory of a student's that is tidied up
 MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
 ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
 PART_PREFIX = ".notebooks-part-"  # of files that are not whole yet
+RECORD_NAME = ".notebooks-record.json"
+MAX_RECORD_BYTES = 1 << 24  # of 80,000 files; a longer one counts as none
 MAX_NAME_BYTES = 255  # of a file in most file systems
 MAX_SHOWN_PATH = 500  # characters, of which a student can make 25,000
+MAX_NAMED = 5  # files of a student that a message names
 COPY_CHUNK_BYTES = 1 << 24
 COMPARE_CHUNK_BYTES = 1 << 18
+
+# For how long nobody must have written to a file before it is copied, how long a save may
+# take, and how long all files of a student are waited for.
+SETTLE_SECONDS = 0.1
+SAVE_SECONDS = 30.0
+PATIENCE_SECONDS = 20.0
+POLL_SECONDS = 0.02
 
 DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK a FIFO, or a file with a lease on it (fcntl(2)), would hold us up.
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-TEMPORARY_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+TEMPORARY_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # Stands in for a destination that does not exist (dry run): every open below it fails with
 # ENOTDIR.
 NOWHERE = os.devnull
 # What copy_file_range(2) says where it does not work, and a full disk (write(2)).
 NOT_SHARED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+# What is kept of a copy that was changed, in a home and in the storage. The first opens as
+# what it is: Jupyter hides names that end in ~.
+MY_COPY = "{stem} (mine {number}){suffix}"
+KEPT_COPY = "{stem}{suffix}.~{number}~"
+
+
+class Change(enum.Enum):
+    """What a file of the source is to the destination."""
+
+    NEW = enum.auto()
+    UNCHANGED = enum.auto()
+    UPDATED = enum.auto()  # nobody has touched the copy
+    KEPT = enum.auto()  # only the copy has changed: it stays
+    CONFLICT = enum.auto()  # both have changed, or nobody knows
+    BLOCKED = enum.auto()  # by a directory in its place
 
 
 class CopyReport(Message, frozen=False):
@@ -1791,8 +1846,11 @@ class CopyReport(Message, frozen=False):
     new: int = 0
     updated: int = 0
     unchanged: int = 0
+    kept: int = 0
     skipped: int = 0
     backups: int = 0
+    overwritten: int = 0  # changed copies, of which none was kept
+    named: str = ""  # the first of those
     over_limit: str = ""
     copied_bytes: int = 0
     failed: int = 0
@@ -1809,6 +1867,13 @@ class CopyReport(Message, frozen=False):
         name = str(path)[:MAX_SHOWN_PATH]
         self.first_failure = self.first_failure or f"{name!r}: {error.strerror}"
 
+    def overwrite(self, path: Path) -> None:
+        self.overwritten += 1
+        if self.overwritten <= MAX_NAMED:
+            self.named += f"{', ' if self.named else ''}{str(path)[:MAX_SHOWN_PATH]!r}"
+        elif self.overwritten == MAX_NAMED + 1:
+            self.named += " ..."
+
     @property
     def problem(self) -> str:
         """What the teacher has to know besides the numbers."""
@@ -1821,11 +1886,83 @@ class CopyReport(Message, frozen=False):
 
     def __str__(self) -> str:
         text = f"{self.new} new, {self.updated} updated, {self.unchanged} unchanged"
+        if self.kept:
+            text += f", {self.kept} changed there and left alone"
         if self.backups:
             text += f", {self.backups} kept as backups"
         if self.skipped:
             text += f", {self.skipped} skipped (links and other special files)"
         return text
+
+
+# Size, modification and change time: a file that keeps all three has kept its content. No
+# user can set the last one. Source: inode(7).
+Stamp = tuple[int, int, int]
+
+
+# Of files by device, inode and stamp.
+Digests = dict[tuple[int, int, Stamp], str]
+
+
+def stamp_of(info: os.stat_result) -> Stamp:
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+class Copied(NamedTuple):
+    """What was copied to a path: its SHA-256 digest, and both files' stamps since."""
+
+    digest: str
+    source: Stamp
+    destination: Stamp
+
+
+class CopyRecord:
+    """What was copied into a directory, kept in a file there by whoever owns it.
+
+    It is in the care of a student, who may delete or forge it: then files of theirs count
+    as changed, or as unchanged, and nobody else's.
+    """
+
+    def __init__(self, directory_fd: int) -> None:
+        """Read the file; one that is missing or nonsense counts as empty."""
+        self.copied: dict[str, Any] = {}
+        self.saved: dict[str, Any] = {}
+        with (
+            contextlib.suppress(OSError, ValueError, RecursionError),
+            closing(os.open(RECORD_NAME, FILE_FLAGS, dir_fd=directory_fd)) as fd,
+        ):
+            copied = json.loads(os.pread(fd, MAX_RECORD_BYTES, 0))
+            self.copied = copied if isinstance(copied, dict) else {}
+            self.saved = self.copied.copy()
+
+    def get(self, path: Path) -> Copied | None:
+        try:
+            digest, source, destination = self.copied[str(path)]
+            return Copied(digest, tuple(source), tuple(destination))
+        except (LookupError, TypeError, ValueError):
+            return None
+
+    def add(self, path: Path, copied: Copied) -> None:
+        self.copied[str(path)] = copied
+
+    def save(self, directory_fd: int, mode: int) -> None:
+        """Write the file, whole at any time, if anything is new in it; raises OSError."""
+        if self.copied == self.saved:
+            return
+        temporary = PART_PREFIX + secrets.token_hex(8)
+        fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd)
+
+        try:
+            with open(fd, "w") as file:
+                os.fchmod(fd, mode)
+                json.dump(self.copied, file)
+            os.rename(
+                temporary, RECORD_NAME, src_dir_fd=directory_fd, dst_dir_fd=directory_fd
+            )
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=directory_fd)
+            raise
 
 
 def open_directory(
@@ -1892,23 +2029,45 @@ def same_content(first_fd: int, second_fd: int) -> bool:
         offset += len(first)
 
 
-def free_backup_name(name: str, directory_fd: int) -> str:
-    """Return the first of `name.~1~`, `name.~2~` ... that nothing has."""
-    raw = os.fsencode(name)
-    stem = name
-    if len(raw) > MAX_NAME_BYTES - 15:
-        # Names that begin alike must not share their backups: to count up all of the
+def digest_file(fd: int) -> str:
+    """Return the SHA-256 digest of a file, and leave its position where it is."""
+    digest, offset = hashlib.sha256(), 0
+    while data := os.pread(fd, COMPARE_CHUNK_BYTES, offset):
+        digest.update(data)
+        offset += len(data)
+    return digest.hexdigest()
+
+
+def free_name(pattern: str, name: str, directory_fd: int) -> str:
+    """Return the first free name after a pattern of {stem}, {suffix} and {number}."""
+    stem, suffix = os.path.splitext(name)
+    raw = os.fsencode(stem)
+    if len(os.fsencode(name)) > MAX_NAME_BYTES - 20:
+        # Names that begin alike must not share their copies: to count up all of the
         # others' would take time by the square of their number.
-        digest = hashlib.sha256(raw).hexdigest()[:16]
-        stem = f"{os.fsdecode(raw[:200])}-{digest}"
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+        suffix = os.fsdecode(os.fsencode(suffix)[:20])
+        stem = f"{os.fsdecode(raw[:180])}-{digest}"
 
     for number in itertools.count(1):
-        backup = f"{stem}.~{number}~"
+        free = pattern.format(stem=stem, suffix=suffix, number=number)
         try:
-            os.stat(backup, dir_fd=directory_fd, follow_symlinks=False)
+            os.stat(free, dir_fd=directory_fd, follow_symlinks=False)
         except FileNotFoundError:
             break
-    return backup
+    return free
+
+
+def is_being_saved(name: str, directory_fd: int) -> bool:
+    """Say whether Jupyter writes a file at this moment: it has a copy beside it then.
+
+    Source: jupyter_server.services.contents.fileio, atomic_writing.
+    """
+    try:
+        info = os.stat(f".~{name}", dir_fd=directory_fd, follow_symlinks=False)
+    except OSError:
+        return False
+    return time.time() - info.st_ctime < SAVE_SECONDS  # else a crash has left it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1918,6 +2077,7 @@ class Item:
     path: Path  # below the source and below the destination
     fd: int
     info: os.stat_result
+    source_fd: int  # of the directory that it is in
     destination_fd: int  # of the directory that it goes into
 
     @property
@@ -1937,11 +2097,18 @@ class TreeCopy:
 
     reader: Identity
     writer: Identity
-    backup: bool = False  # keep what differs and is overwritten as `name.~1~` and so on
+    keep_as: str = ""  # what changed copies are kept as: see `free_name`; empty: they go
+    keep_all: bool = False  # also copies that nobody has changed
     limit: int = sys.maxsize  # in bytes; each file counts ENTRY_BYTES at least
     wanted: Callable[[Path], bool] = lambda path: True  # of relative paths
+    recorded: bool = True  # with a record of what was copied
+    reset: bool = False  # replace changed copies even if the source has not changed
+    mode: int = 0  # what group and others may do besides what the source lets them
     dry_run: bool = False  # only count
+    digests: Digests = dataclasses.field(default_factory=dict)  # those that are known
     report: CopyReport = dataclasses.field(default_factory=CopyReport)
+    patience: float = PATIENCE_SECONDS
+    needed_bytes: int = 0
     device: int = -1  # the source's
 
     def run(
@@ -1961,8 +2128,21 @@ class TreeCopy:
             closing(self.open_destination(destination, parts)) as destination_fd,
         ):
             self.device = os.fstat(source_fd).st_dev
-            self.copy_directory(source_fd, destination_fd, Path())
+            with acting_as(self.writer), contextlib.suppress(PermissionError):
+                self.record = CopyRecord(destination_fd)
+                if self.mode and not self.dry_run:
+                    mode = os.fstat(destination_fd).st_mode
+                    os.fchmod(destination_fd, stat.S_IMODE(mode) | self.mode)
+            try:
+                self.copy_directory(source_fd, destination_fd, Path())
+            finally:
+                self.save_record(destination_fd)
         return self.report
+
+    def save_record(self, directory_fd: int) -> None:
+        if self.recorded and not self.dry_run:
+            with acting_as(self.writer), contextlib.suppress(IsADirectoryError):
+                self.record.save(directory_fd, 0o600 | self.mode & 0o066)
 
     def open_destination(self, destination: Path, parts: Iterable[str]) -> int:
         create = not self.dry_run
@@ -1988,7 +2168,9 @@ class TreeCopy:
         with os.scandir(source_fd) as entries:
             for entry in entries:
                 inner = path / entry.name
-                if entry.name.startswith(PART_PREFIX) or not self.wanted(inner):
+                if entry.name.startswith((PART_PREFIX, RECORD_NAME)):
+                    continue
+                if not self.wanted(inner):
                     continue
                 if not self.charge(ENTRY_BYTES, path / "..."):
                     return
@@ -2022,7 +2204,7 @@ class TreeCopy:
         with acting_as(self.reader):
             fd = os.open(entry.name, FILE_FLAGS, dir_fd=source_fd)
         with closing(fd):
-            item = Item(path, fd, os.fstat(fd), destination_fd)
+            item = Item(path, fd, os.fstat(fd), source_fd, destination_fd)
             mode, size = item.info.st_mode, item.info.st_size
             deeper = item.info.st_dev == self.device and len(path.parts) <= MAX_DEPTH
 
@@ -2040,9 +2222,11 @@ class TreeCopy:
         with closing(inner_fd):
             self.copy_directory(item.fd, inner_fd, item.path)
             if not self.dry_run:
-                with acting_as(self.writer):
-                    # Without its first three bits nobody could copy into it again.
-                    os.fchmod(inner_fd, item.info.st_mode & 0o777 | 0o700)
+                mode = item.info.st_mode & 0o777 | self.mode
+                with acting_as(self.writer), contextlib.suppress(PermissionError):
+                    # Without its first three bits nobody could copy into it again. It may
+                    # be a colleague's, in a directory of the staff's.
+                    os.fchmod(inner_fd, mode | 0o700)
 
     def open_inner(self, item: Item) -> int:
         """Open a directory, or make it; what else has that name is moved aside."""
@@ -2058,60 +2242,172 @@ class TreeCopy:
         return os.open(name, DIRECTORY_FLAGS, dir_fd=directory_fd)
 
     def move_aside(self, item: Item) -> None:
-        """Rename what is in the place of an item, to a backup's name."""
+        """Rename what is in the place of an item, to a name that is free."""
         fd = item.destination_fd
-        backup = free_backup_name(item.name, fd)
-        os.rename(item.name, backup, src_dir_fd=fd, dst_dir_fd=fd)
+        name = free_name(self.keep_as or MY_COPY, item.name, fd)
+        os.rename(item.name, name, src_dir_fd=fd, dst_dir_fd=fd)
         self.report.backups += 1
 
-    def compare(self, item: Item) -> str:
-        """Say what a file is to the destination: new, updated, unchanged or blocked.
-
-        A file with another's size and modification time, to the nanosecond, is taken to be
-        unchanged. Blocked: a directory is in its place. Runs as: the writer.
-        """
+    def compare(self, item: Item) -> Change:
+        """Say what a file is to the destination. Runs as: the writer."""
         try:
             old_fd = os.open(item.name, FILE_FLAGS, dir_fd=item.destination_fd)
         except (FileNotFoundError, NotADirectoryError):
-            return "new"
+            return Change.NEW
         except OSError:  # a link, or unreadable
-            return "updated"
+            return Change.CONFLICT
 
         with closing(old_fd):
-            old, info = os.fstat(old_fd), item.info
-            if stat.S_ISDIR(old.st_mode):
-                return "blocked"
-            if not stat.S_ISREG(old.st_mode) or old.st_size != info.st_size:
-                return "updated"
-            same = old.st_mtime_ns == info.st_mtime_ns or same_content(item.fd, old_fd)
-            return "unchanged" if same else "updated"
+            old = os.fstat(old_fd)
+            if not stat.S_ISREG(old.st_mode):
+                return Change.BLOCKED if stat.S_ISDIR(old.st_mode) else Change.CONFLICT
+            return self.compare_content(item, old_fd, old)
+
+    def compare_content(self, item: Item, old_fd: int, old: os.stat_result) -> Change:
+        """Compare with a regular file, by stamps where the record has both."""
+        copied = self.record.get(item.path) if self.recorded else None
+        if copied and (stamp_of(item.info), stamp_of(old)) == copied[1:]:
+            return Change.UNCHANGED
+        if old.st_size == item.info.st_size and same_content(item.fd, old_fd):
+            self.remember(item, self.digest_of(item.info, old_fd), stamp_of(old))
+            return Change.UNCHANGED
+        return self.compare_changed(item, old_fd, old, copied)
+
+    def compare_changed(
+        self, item: Item, old_fd: int, old: os.stat_result, copied: Copied | None
+    ) -> Change:
+        """Say which of two files that differ has changed since the one was copied."""
+        if copied is None:
+            return Change.CONFLICT
+        if is_as_copied(old_fd, old, copied.destination, copied.digest):
+            return Change.CONFLICT if self.keep_all else Change.UPDATED
+        if self.reset or not is_as_copied(item.fd, item.info, copied.source, copied.digest):
+            return Change.CONFLICT
+        return Change.KEPT
+
+    def remember(self, item: Item, digest: str, destination: Stamp) -> None:
+        self.record.add(item.path, Copied(digest, stamp_of(item.info), destination))
 
     def copy_file(self, item: Item) -> None:
-        """As the writer, whose quota counts, copy a file unless the destination has it."""
+        """Copy a file unless the destination has it; again, if it changes meanwhile."""
+        change = None
+        while change is None:
+            started = time.monotonic()
+            item = dataclasses.replace(item, info=self.wait_settled(item))
+            change = self.copy_once(item)
+            if change is None:  # a student could have us copy it for ever
+                self.patience -= max(time.monotonic() - started, POLL_SECONDS)
+
+        if change is Change.CONFLICT and not self.keep_as:
+            self.report.overwrite(item.path)
+        is_update = change in (Change.CONFLICT, Change.BLOCKED)
+        vars(self.report)["updated" if is_update else change.name.lower()] += 1
+
+    def wait_settled(self, item: Item) -> os.stat_result:
+        """Wait until nobody writes to a file, but not for ever; return what it is then.
+
+        Jupyter empties a notebook before it writes it. Runs as: the reader.
+        """
+        saved = False
+
+        with acting_as(self.reader):
+            while True:
+                info = os.fstat(item.fd)
+                age = time.time() - info.st_mtime
+                if self.patience <= 0 or not 0 <= age < SAVE_SECONDS:
+                    return info
+
+                if is_being_saved(item.name, item.source_fd):
+                    saved = True
+                elif saved or age > SETTLE_SECONDS:
+                    return info  # a save that began since is noticed after the copy
+                self.patience -= POLL_SECONDS
+                time.sleep(POLL_SECONDS)
+
+    def copy_once(self, item: Item) -> Change | None:
+        """As the writer, whose quota counts, copy a file unless the destination has it.
+
+        Returns: None if the file was written to meanwhile, and nothing has been done.
+        """
         with acting_as(self.writer):
             change = self.compare(item)
-            if change != "unchanged" and not self.dry_run:
-                aside = change == "blocked" or change == "updated" and self.backup
-                self.write_file(item, aside)
-        vars(self.report)["updated" if change == "blocked" else change] += 1
+            if change in (Change.UNCHANGED, Change.KEPT):
+                return change
 
-    def write_file(self, item: Item, aside: bool) -> None:
-        """Write a file under another name, then rename it to its own."""
-        name, info, directory_fd = item.name, item.info, item.destination_fd
+            self.needed_bytes += item.info.st_size
+            if self.dry_run:
+                return change
+            return change if self.write_file(item, change) else None
+
+    def write_file(self, item: Item, change: Change) -> bool:
+        """Write a file under another name, then rename it to its own; return if it did."""
+        info, directory_fd = item.info, item.destination_fd
         temporary = PART_PREFIX + secrets.token_hex(8)
         new_fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd)
 
         with closing(new_fd):
             try:
-                self.report.copied_bytes += copy_data(item.fd, new_fd, info.st_size)
-                os.fchmod(new_fd, info.st_mode & 0o777 | 0o600)
+                os.lseek(item.fd, 0, os.SEEK_SET)
+                copied = copy_data(item.fd, new_fd, info.st_size)
+
+                if stamp_of(os.fstat(item.fd)) != stamp_of(info) and self.patience > 0:
+                    os.unlink(temporary, dir_fd=directory_fd)
+                    return False
+                os.fchmod(new_fd, info.st_mode & 0o777 | 0o600 | self.mode & 0o066)
                 os.utime(new_fd, ns=(info.st_mtime_ns, info.st_mtime_ns))
-                if aside:
-                    self.move_aside(item)
-                os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+                self.replace(item, change, temporary)
             except BaseException:
-                os.unlink(temporary, dir_fd=directory_fd)
+                with contextlib.suppress(FileNotFoundError):  # it is renamed already
+                    os.unlink(temporary, dir_fd=directory_fd)
                 raise
+
+            self.report.copied_bytes += copied
+            digest = self.digest_of(info, new_fd)
+            self.remember(item, digest, stamp_of(os.fstat(new_fd)))
+        return True
+
+    def replace(self, item: Item, change: Change, temporary: str) -> None:
+        """Rename a file that is whole to the name of an item, over what has that name."""
+        fd, link = item.destination_fd, ""
+        if change is Change.BLOCKED or change is Change.CONFLICT and self.keep_as:
+            self.move_aside(item)
+        elif change is Change.UPDATED:
+            # Somebody may begin to save it at this moment: it has another name until then.
+            link = free_name(MY_COPY, item.name, fd)
+            with contextlib.suppress(OSError):  # a file system without links
+                os.link(
+                    item.name, link, src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False
+                )
+
+        os.rename(temporary, item.name, src_dir_fd=fd, dst_dir_fd=fd)
+        if link:
+            self.drop_untouched(item, link)
+
+    def drop_untouched(self, item: Item, link: str) -> None:
+        """Delete the copy that was replaced, if it still has the content that was sent."""
+        copied = self.record.get(item.path)
+        with contextlib.suppress(OSError):
+            with closing(os.open(link, FILE_FLAGS, dir_fd=item.destination_fd)) as old_fd:
+                old = os.fstat(old_fd)
+                untouched = copied and is_as_copied(
+                    old_fd, old, copied.destination, copied.digest
+                )
+            if untouched and not is_being_saved(item.name, item.destination_fd):
+                os.unlink(link, dir_fd=item.destination_fd)
+            else:
+                self.report.backups += 1
+
+    def digest_of(self, info: os.stat_result, fd: int) -> str:
+        """Return the digest of a source, which is that of its copy."""
+        known = self.digests.get((info.st_dev, info.st_ino, stamp_of(info)))
+        return known or digest_file(fd)
+
+
+def is_as_copied(fd: int, info: os.stat_result, stamp: Stamp, digest: str) -> bool:
+    """Say whether a file has the content that it had when it was copied."""
+    if stamp_of(info) == stamp:
+        return True
+    return info.st_size == stamp[0] and digest_file(fd) == digest
 
 
 def is_profile_file(path: Path) -> bool:
@@ -3486,7 +3782,7 @@ def find_target(path: str, asked: str | None, query: str) -> tuple[str, str]:
     if not path and asked is not None:
         return asked.strip().lower(), ""
     username, _, rest = path.partition("/")
-    return username, urllib.parse.quote(rest) + (f"?{query}" if query else "")
+    return username.lower(), urllib.parse.quote(rest) + (f"?{query}" if query else "")
 
 
 def page_handler() -> type:
@@ -3963,6 +4259,12 @@ class Server:
         return account
 
 
+def alphabetic(name: str) -> tuple[str, str]:
+    """Return what sorts names as people expect: Änne before Uwe, de Vries beside Devi."""
+    letters = unicodedata.normalize("NFKD", name.casefold())
+    return "".join(x for x in letters if not unicodedata.combining(x)), name
+
+
 def visible_address(config: Config) -> str:
     """Return the host name under which the web page is announced."""
     if config.server_address:
@@ -4022,6 +4324,7 @@ class Launcher:
         slots = asyncio.Semaphore(os.cpu_count() or 1)
         template = Template("template")
         self.context = StartContext(course.config, certificate, template, slots)
+        self.options = course.options
         self.fingerprint = certificate.fingerprint()
         self.servers: dict[str, Server] = {}
         self.web = Webserver(base_listener, self.site())
@@ -4035,7 +4338,7 @@ class Launcher:
         listeners = find_listeners()
         servers = []
 
-        for member in outcome.members(course.roster.students):
+        for member in outcome.members(course.students):
             with outcome.step(member.username):
                 server = self.servers.get(member.username) or Server.open(
                     member, ports, course.config.port, listeners
@@ -4059,7 +4362,7 @@ class Launcher:
             (each.username, each.member.student.full_name[:MAX_SHOWN_NAME], each.port)
             for each in self.servers.values()
         ]
-        rows.sort(key=lambda row: row[1] or row[0])  # by what is shown of them
+        rows.sort(key=lambda row: alphabetic(row[1] or row[0]))  # by what is shown
 
         return Site(
             title=config.web_title,
@@ -4169,11 +4472,11 @@ class Launcher:
         If either is bad all goes on as before, but for who has left. Raises: BusyError.
         """
         try:
-            course = load_course(self.context.config.path, False)
+            course = load_course(self.context.config.path)
             if course.config.port != self.context.config.port:
                 log.warning("another `port` counts from the next launch on")
             config = dataclasses.replace(course.config, port=self.context.config.port)
-            course = dataclasses.replace(course, config=config)
+            course = dataclasses.replace(course, config=config, options=self.options)
             certificate = ensure_certificate(config)
             fingerprint = certificate.fingerprint()
             ensure_capacity(course)
@@ -4280,10 +4583,10 @@ def command_setup(course: Course) -> int:
     outcome = Outcome()
     counts = {"new": 0, "adopted": 0, "kept": 0}
     with roster.locked():
-        renewed = prepare_passwords(config, roster)
+        renewed = prepare_passwords(config, roster, course.students)
         if config.group:
             run_program(["groupadd", "--force", "--", config.group])
-        done = ensure_accounts(config, roster.students, outcome)
+        done = ensure_accounts(config, course.students, outcome)
         members = outcome.members([*done])
         furnish = functools.partial(furnish_home, config)
         for member, _ in outcome.each(furnish, members, "homes"):
@@ -4299,7 +4602,7 @@ def command_setup(course: Course) -> int:
     )
 
 
-def prepare_passwords(config: Config, roster: Roster) -> int:
+def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student]) -> int:
     """Fill the empty password cells; return how many accounts of ours lose an old one."""
 
     def make() -> str:
@@ -4307,7 +4610,7 @@ def prepare_passwords(config: Config, roster: Roster) -> int:
         return "".join(letters)
 
     renewed = 0
-    for student in roster.students:
+    for student in students:
         if not student.nb_pass:
             roster.update(student.username, nb_pass=make())
 
@@ -4319,6 +4622,34 @@ def prepare_passwords(config: Config, roster: Roster) -> int:
             roster.update(student.username, sys_pass=make())
     roster.save()
     return renewed
+
+
+def set_missing_passwords(students: Iterable[Student], outcome: Outcome) -> None:
+    """Give our accounts without a system password the one in the list, through one pipe.
+
+    PAM may refuse one: that student fails, with its words, and the others have theirs.
+    """
+    missing = {
+        student: f"{student.username}:{student.sys_pass}\n"
+        for student in students
+        # `!` before a password is something else: somebody has locked that account.
+        if read_shadow(student.username)[1:2] == ["!"]
+        and is_ours(find_account(student.username))
+    }
+    try:
+        run_program(["chpasswd"], "".join(missing.values()))
+        return
+    except Error:
+        log.debug("one after another, to see whose password is refused")
+
+    for student, line in missing.items():
+        if read_shadow(student.username)[1:2] == ["!"]:
+            with outcome.step(student.username):
+                try:
+                    run_program(["chpasswd"], line)
+                except Error as error:
+                    where = f"line {student.line} of the list"
+                    raise Error(f"the sys-pass in {where} is refused: {error}") from None
 
 
 def ensure_accounts(
@@ -4333,7 +4664,7 @@ def ensure_accounts(
     finally:
         # Those that were made before an interruption get theirs, too.
         with uninterrupted():
-            set_missing_passwords(students)
+            set_missing_passwords(students, outcome)
     return done
 
 
@@ -4346,26 +4677,113 @@ def furnish_home(config: Config, member: Member) -> None:
     source = config.profile_dir
     if config.profile and source.is_dir():
         reader = identity_of(invoking_account())
-        copy = TreeCopy(reader, member.identity, wanted=is_profile_file)
+        copy = TreeCopy(reader, member.identity, wanted=is_profile_file, recorded=False)
         problem = copy.run(source, (), member.home, source.parts[-2:]).problem
         if problem:
             raise Error(f"the IPython profile: {problem}")
 
 
 def command_send(course: Course) -> int:
-    """Copy the material into each account, over what is there."""
-    config, reader = course.config, identity_of(invoking_account())
-    try:
-        os.close(open_directory(config.material_dir, (), reader))
-    except Error as error:
-        raise UsageError(f"{config.path}: [Setup] material_dir: {error}") from None
+    """Copy the material into each account; what students have changed is kept."""
+    config, options = course.config, course.options
+    digests = digest_material(config)
+    with course.roster.locked():
+        plan_send(course)
 
     def send(member: Member) -> CopyReport:
-        copy = TreeCopy(reader, member.identity, backup=config.keep_changed)
-        parts = config.material_name.parts
-        return copy.run(config.material_dir, (), member.home, parts)
+        copy = send_copy(config, options, member)
+        copy.digests = digests
+        return run_send(copy, config, member)
 
     return copy_for_all(course, "send", send)
+
+
+def send_copy(config: Config, options: Options, member: Member) -> TreeCopy:
+    return TreeCopy(
+        identity_of(invoking_account()),
+        member.identity,
+        keep_as=MY_COPY if config.keep_changed else "",
+        wanted=config.is_wanted,
+        # Without `keep_changed` there is no mercy, as in 2012.
+        reset=options.reset or not config.keep_changed,
+    )
+
+
+def run_send(copy: TreeCopy, config: Config, member: Member) -> CopyReport:
+    return copy.run(config.material_dir, (), member.home, config.material_name.parts)
+
+
+def digest_material(config: Config) -> Digests:
+    """Return the digests of the material's files, computed once and not per student.
+
+    Raises: UsageError if the material cannot be read.
+    """
+    digests: Digests = {}
+
+    try:
+        with acting_as(identity_of(invoking_account())):
+            os.listdir(config.material_dir)
+            for _, _, names, directory_fd in os.fwalk(config.material_dir):
+                for name in filter(lambda name: config.is_wanted(Path(name)), names):
+                    with (
+                        contextlib.suppress(OSError),  # a link, or unreadable
+                        closing(os.open(name, FILE_FLAGS, dir_fd=directory_fd)) as fd,
+                    ):
+                        info = os.fstat(fd)
+                        key = info.st_dev, info.st_ino, stamp_of(info)
+                        digests[key] = digest_file(fd)
+    except OSError as error:
+        raise UsageError(f"{config.path}: [Setup] material_dir: {explain(error)}") from None
+    return digests
+
+
+class SendPlan(Message):
+    """What a send would need and replace in one home."""
+
+    device: int
+    needed_bytes: int
+    report: CopyReport
+
+
+def plan_send(course: Course) -> None:
+    """Make sure that there is room, and that nobody's work is replaced unawares.
+
+    Raises: UsageError; nothing was copied.
+    """
+    config = course.config
+
+    def plan(member: Member) -> SendPlan:
+        copy = dataclasses.replace(send_copy(config, course.options, member), dry_run=True)
+        report = run_send(copy, config, member)
+        return SendPlan(os.stat(member.home).st_dev, copy.needed_bytes, report)
+
+    needed: dict[int, int] = collections.Counter()
+    homes: dict[int, Path] = {}
+    replaced = {}
+    looks = Outcome()  # what fails now fails again when it is done
+    for member, found in looks.each(plan, find_members(course.students), "look"):
+        needed[found.device] += found.needed_bytes
+        homes[found.device] = member.home
+        if found.report.overwritten:
+            replaced[member.username] = found.report.named
+
+    for device, size in needed.items():
+        space = os.statvfs(homes[device])
+        missing = size - space.f_bavail * space.f_frsize
+        if missing > 0:
+            raise UsageError(
+                f"{format_bytes(missing)} are missing in the file system of"
+                f" {homes[device]} to send {format_bytes(size)}; nothing was copied"
+            )
+
+    if replaced and sys.stdin.isatty() and not course.options.yes:
+        for username, named in replaced.items():
+            log.warning("%s has changed what is replaced for good: %s", username, named)
+        count = counted(len(replaced), "student")
+        question = (
+            f"Replace the changed files of {count}? (keep_changed = yes keeps copies)"
+        )
+        confirm(question, "nothing was copied")
 
 
 def copy_for_all(course: Course, label: str, copy: Callable[[Member], CopyReport]) -> int:
@@ -4373,11 +4791,16 @@ def copy_for_all(course: Course, label: str, copy: Callable[[Member], CopyReport
     outcome = Outcome()
     total = CopyReport()
     with course.roster.locked():
-        members = outcome.members(course.roster.students)
+        members = outcome.members(course.students)
         if not members:
             raise UsageError(f"{course.roster.path}: nobody has an account; run setup")
         for member, report in outcome.each(copy, members, label):
             outcome.done(member.username, str(report))
+            if report.overwritten:
+                log.warning(
+                    "%s had changed what was replaced for good: %s",
+                    *(member.username, report.named),
+                )
             if report.problem:
                 outcome.failed(member.username, report.problem)
             total.add(report)
@@ -4396,7 +4819,7 @@ def command_launch(course: Course) -> int:
         log.setLevel(min(log.level, logging.INFO))  # a line per event
     check_reachable()
     config, roster = course.config, course.roster
-    if not any(member.student.nb_pass for member in find_members(roster.students)):
+    if not any(member.student.nb_pass for member in find_members(course.students)):
         raise UsageError(f"{roster.path}: nobody has an account and a password; run setup")
     if keyctl_number() is None:
         log.warning(
@@ -4417,7 +4840,7 @@ def command_shutdown(course: Course) -> int:
     """End the notebook servers, kernels and terminals of all students at once."""
     warn_of_strays(course)
     outcome = Outcome()
-    members = find_members(course.roster.students)
+    members = find_members(course.students)
     stop_jupyter(members, outcome)
 
     for member, _ in outcome.each(clear_runtime_dir, members, "shutdown"):
@@ -4458,8 +4881,21 @@ def retrieve_from(config: Config, member: Member, dry_run: bool = False) -> Copy
     if config.storage_dir.is_relative_to(member.home / config.tutorial_dir):
         raise Error("storage_dir lies in what is to be retrieved; set another")
 
-    writer, limit = identity_of(config.storage_owner), config.retrieve_limit
-    copy = TreeCopy(member.identity, writer, True, limit, dry_run=dry_run)
+    # Who may read the storage may read what comes into it, such as the group of a setgid
+    # directory.
+    mode = 0
+    with contextlib.suppress(OSError):  # it is not there yet: a dry run
+        mode = os.stat(config.storage_dir).st_mode & 0o2077
+    copy = TreeCopy(
+        member.identity,
+        identity_of(config.storage_owner),
+        keep_as=KEPT_COPY,
+        keep_all=True,
+        limit=config.retrieve_limit,
+        wanted=config.is_wanted,
+        mode=mode,
+        dry_run=dry_run,
+    )
     parts = config.tutorial_dir.parts
     return copy.run(member.home, parts, config.storage_dir, (member.username,))
 
@@ -4470,7 +4906,7 @@ def command_remove(course: Course) -> int:
     config, roster = course.config, course.roster
     roster.check_writable()
     warn_of_strays(course)
-    is_doomed = ask_before_removal(config, find_members(roster.students), course.yes)
+    is_doomed = ask_before_removal(course, find_members(course.students))
 
     outcome = Outcome()
     with roster.locked():
@@ -4496,16 +4932,15 @@ def command_remove(course: Course) -> int:
     )
 
 
-def ask_before_removal(
-    config: Config, members: Sequence[Member], yes: bool
-) -> dict[str, bool]:
+def ask_before_removal(course: Course, members: Sequence[Member]) -> dict[str, bool]:
     """Say what remove will do, and ask; return whether each account is to be deleted."""
     is_doomed = {member.username: member.is_ours for member in members}
     if members:
-        describe_removal(config, members)
-    if any(is_doomed.values()) and not yes:
+        describe_removal(course.config, members)
+    if any(is_doomed.values()) and not course.options.yes:
         accounts = counted(sum(is_doomed.values()), "account")
-        confirm(f"Delete {accounts} and everything in their homes?")
+        question = f"Delete {accounts} and everything in their homes?"
+        confirm(question, "nothing was deleted")
     return is_doomed
 
 
@@ -4639,9 +5074,18 @@ def make_parser() -> argparse.ArgumentParser:
         text = "say more; -vv also which programs are run"
         sub.add_argument("-v", "--verbose", action="count", default=0, help=text)
 
-        if name == "remove":
+        text = "some students alone, by their user names"
+        sub.add_argument("--only", type=parse_names, metavar="NAME[,NAME...]", help=text)
+        if name in ("send", "remove"):
             sub.add_argument("--yes", action="store_true", help="do not ask")
+        if name == "send":
+            text = "replace changed files even if the material has not changed"
+            sub.add_argument("--reset", action="store_true", help=text)
     return parser
+
+
+def parse_names(text: str) -> frozenset[str]:
+    return frozenset(name for name in re.split(r"[,\s]+", text) if name)
 
 
 def ensure_standard_streams() -> None:
@@ -4664,7 +5108,9 @@ def run_command(arguments: Sequence[str]) -> int:
     # It runs for weeks, in a process that is as small as it can be.
     if options.command == "launch" and not sys.flags.isolated:
         os.execv(sys.executable, script_command(*arguments))
-    course = load_course(options.config, getattr(options, "yes", False))
+    given = {field.name for field in dataclasses.fields(Options)} & set(vars(options))
+    wanted = Options(**{name: getattr(options, name) for name in given})
+    course = load_course(options.config, wanted)
     return COMMANDS[options.command](course)
 
 

@@ -95,7 +95,7 @@ def main(config_file: str, username: str) -> None:
     setproctitle.setproctitle("notebooks.py: template process")
     os.environ["HOME"] = str(notebooks.TEMPLATE_HOME)
     notebooks.preload_server()
-    course = notebooks.load_course(Path(config_file), False)
+    course = notebooks.load_course(Path(config_file))
     (member,) = (
         each
         for each in notebooks.find_members(course.roster.students)

@@ -49,7 +49,7 @@ CHROMIUM = "/usr/bin/chromium"
 CHROMEDRIVER = "/usr/bin/chromedriver"
 SECTIONS = {
     "Setup": "user_list tutorial_dir material_dir password_length group keep_changed"
-    " profile",
+    " ignore profile",
     "Launch": "cert_file key_file server_address web_title launch_dir port"
     " list_students on_demand idle_minutes idle_kernel_minutes",
     "Shutdown": "storage_dir owner retrieve_limit",

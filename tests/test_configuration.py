@@ -61,6 +61,7 @@ def test_an_empty_file_gives_the_defaults_beside_it(tmp_path: Path) -> None:
         password_length=12,
         group="students",
         keep_changed=False,
+        ignore=tuple(notebooks.IGNORE.split()),
         profile="",
         cert_file=None,
         key_file=None,
@@ -110,9 +111,9 @@ def test_the_defaults_in_the_sample_are_the_defaults() -> None:
     sample = configparser.ConfigParser(interpolation=None)
     sample.read(support.ROOT / "notebooks.cfg")
     written = [(section, *item) for section in sample for item in sample.items(section)]
-    own_title = ("Launch", "web_title", "Sample course")
+    own = {"web_title": "Sample course", "keep_changed": "yes"}
     assert written == [
-        own_title if key == "web_title" else (option["section"], key, option["default"])
+        (option["section"], key, own.get(key, option["default"]))
         for key, option in notebooks.config_keys().items()
     ]
 
@@ -122,16 +123,23 @@ def test_the_readme_lists_each_key_with_its_default() -> None:
     for section in support.SECTIONS:
         table = text.partition(f"``[{section}]``")[2].partition("\n\n")[0]
         rows = re.findall(r"^``(\w+)`` +(?:``(\S+)``)?", table, re.MULTILINE)
+        rows = [
+            (key, notebooks.IGNORE if key == "ignore" else default) for key, default in rows
+        ]
         assert rows == [
             (key, option["default"])
             for key, option in notebooks.config_keys().items()
             if option["section"] == section
         ]
 
+    assert f"``ignore`` is ``{notebooks.IGNORE}``" in text
+
 
 @pytest.mark.parametrize(
     ("key", "written", "meant"),
     [
+        ("ignore", "", ()),
+        ("ignore", ".git  *.bak", (".git", "*.bak")),
         ("material_dir", "/srv/week 1/", Path("/srv/week 1")),
         ("material_dir", "~/week1", Path("~/week1").expanduser()),
         ("tutorial_dir", "physics/2024", Path("physics/2024")),
@@ -181,6 +189,7 @@ def test_a_value_is_understood(
         ("profile", "..", "IPython profile"),
         ("keep_changed", "maybe", "yes or no"),
         ("keep_changed", "", "yes or no"),
+        ("ignore", "data/*.bak", "patterns of names"),
         ("server_address", "https://lab.example.org/", "host name alone"),
         ("server_address", "lab.example.org:8888", "must not have a port"),
         ("server_address", "lab example", "host name alone"),

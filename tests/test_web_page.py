@@ -371,3 +371,26 @@ def test_a_private_page_names_nobody(make_course: CourseMaker) -> None:
         location = visit(course, path).headers["Location"]
         assert location == f"{address}/{username}/" + "tree" * path.endswith("tree")
     assert f"Ready: https://lab.example.org:{course.port}/" in launch.output
+
+
+def test_names_are_sorted_as_people_expect() -> None:
+    names = ["Uwe", "Änne", "anton", "Zoë", "Ödön", "Oda", "de Vries", "Devi"]
+    assert sorted(names, key=notebooks.alphabetic) == [
+        *("Änne", "anton", "de Vries", "Devi", "Oda", "Ödön", "Uwe", "Zoë")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "query", "target"),
+    [
+        ("", " Jmueller ", "username=Jmueller", ("jmueller", "")),
+        ("Jmueller", None, "", ("jmueller", "")),
+        ("ada/tree/A b", None, "x=1", ("ada", "tree/A%20b?x=1")),
+        ("ada", "zoe", "username=zoe", ("ada", "?username=zoe")),
+        ("", None, "", ("", "")),
+    ],
+)
+def test_a_user_name_is_found_however_a_phone_writes_it(
+    path: str, asked: str | None, query: str, target: tuple[str, str]
+) -> None:
+    assert notebooks.find_target(path, asked, query) == target

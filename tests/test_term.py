@@ -1,0 +1,454 @@
+"""A term: what students and teachers wrote is there at its end, whatever was run."""
+
+import contextlib
+import grp
+import json
+import os
+import pwd
+import stat
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import notebooks
+from conftest import CourseMaker
+from support import Course, run_as, run_on_terminal
+
+pytestmark = pytest.mark.root
+
+WELCOME = "material/welcome.txt"
+MINE = "material/welcome (mine 1).txt"
+
+
+@pytest.fixture
+def term(make_course: CourseMaker) -> Course:
+    """A course of three students, who have the material."""
+    course = make_course(3, keep_changed="yes")
+    for path in course.material.iterdir():
+        subprocess.run(["rm", "-r", path], check=True)
+    (course.material / "data").mkdir()
+    (course.material / "data/table.csv").write_text("1,2\n")
+    (course.material / "welcome.txt").write_text("welcome\n")
+    course.check("setup")
+    course.check("send")
+    return course
+
+
+def shell(username: str, script: str) -> str:
+    """Run a script in a student's tutorial directory."""
+    done = run_as(username, "sh", "-euc", f"cd course; {script}")
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+def term_shell(username: str, script: str) -> "subprocess.Popen[str]":
+    """Start a script in a student's tutorial directory."""
+    account = pwd.getpwnam(username)
+    return subprocess.Popen(
+        ["sh", "-euc", script],
+        cwd=Path(account.pw_dir, "course"),
+        stdout=subprocess.PIPE,
+        text=True,
+        user=account.pw_uid,
+        group=account.pw_gid,
+        extra_groups=[],
+    )
+
+
+def read(course: Course, username: str, path: str = WELCOME) -> str:
+    return (course.home(username) / "course" / path).read_text()
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Return mode, modification time and content of all that is in a directory."""
+    found = {}
+    for path in directory.rglob("*"):
+        info = path.lstat()
+        data = path.read_bytes() if stat.S_ISREG(info.st_mode) else b""
+        found[str(path)] = info.st_mode, info.st_mtime_ns, data
+    return found
+
+
+def line_of(output: str, username: str) -> str:
+    (line,) = (x for x in output.splitlines() if x.startswith(f"{username}: "))
+    return line.removeprefix(f"{username}: ")
+
+
+# ---------------------------------------------------------------------------------------
+# send
+# ---------------------------------------------------------------------------------------
+
+
+def test_what_only_the_student_has_changed_stays_where_it_is(term: Course) -> None:
+    working, *others = term.students
+    shell(working, f"echo mine >>{WELCOME}")
+    before = {name: snapshot(term.home(name)) for name in term.students}
+    for _ in range(2):
+        output = term.check("send")
+        assert line_of(output, working) == (
+            "0 new, 0 updated, 1 unchanged, 1 changed there and left alone"
+        )
+        for name in others:
+            assert line_of(output, name) == "0 new, 0 updated, 2 unchanged"
+    assert {name: snapshot(term.home(name)) for name in term.students} == before
+
+
+def test_a_checkout_that_changes_only_times_disturbs_nobody(term: Course) -> None:
+    working = term.students[0]
+    shell(working, f"echo mine >>{WELCOME}")
+    text = (term.material / "welcome.txt").read_text()
+    (term.material / "welcome.txt").unlink()
+    (term.material / "welcome.txt").write_text(text)
+    output = term.check("send")
+    assert line_of(output, working).endswith("1 changed there and left alone")
+    assert read(term, working) == "welcome\nmine\n"
+
+
+def test_a_correction_replaces_what_nobody_has_touched_and_keeps_the_rest(
+    term: Course,
+) -> None:
+    working, untouched, saved = term.students
+    shell(working, f"echo mine >>{WELCOME}")
+    shell(saved, f"cat {WELCOME} >copy; cat copy >{WELCOME}; rm copy")  # saved as it was
+    (term.material / "welcome.txt").write_text("corrected\n")
+    output = term.check("send")
+    assert line_of(output, working) == ("0 new, 1 updated, 1 unchanged, 1 kept as backups")
+    for name in (untouched, saved):
+        assert line_of(output, name) == "0 new, 1 updated, 1 unchanged"
+        assert not (term.home(name) / "course" / MINE).exists()
+    assert [read(term, name) for name in term.students] == ["corrected\n"] * 3
+    assert read(term, working, MINE) == "welcome\nmine\n"
+    assert (term.home(working) / "course" / MINE).owner() == working
+    output = term.check("send")
+    assert line_of(output, working) == "0 new, 0 updated, 2 unchanged"
+
+
+def test_a_fresh_file_is_sent_to_who_asks_for_it_and_to_nobody_else(term: Course) -> None:
+    asking, other, _ = term.students
+    for name in (asking, other):
+        shell(name, f"echo broken >{WELCOME}")
+    before = snapshot(term.home(other))
+    term.check("send", "--reset", "--only", asking)
+    assert read(term, asking) == "welcome\n"
+    assert read(term, asking, MINE) == "broken\n"
+    assert snapshot(term.home(other)) == before
+
+
+def test_a_late_student_costs_nobody_a_byte(term: Course) -> None:
+    working, *_ = term.students
+    shell(working, f"echo mine >{WELCOME}; echo own >own")
+    before = {name: snapshot(term.home(name)) for name in term.students}
+    late = f"{term.group}late"[:30]
+    term.write_students([*term.rows().values(), {"username": late}])
+    term.students.append(late)
+    term.check("setup", "--only", late)
+    output = term.check("send", "--only", late)
+    assert line_of(output, late) == "2 new, 0 updated, 0 unchanged"
+    assert "1 student: " in output
+    assert read(term, late) == "welcome\n"
+    assert {name: snapshot(term.home(name)) for name in before} == before
+
+
+def test_a_save_during_a_correction_is_not_lost(term: Course) -> None:
+    """A program has opened the file before it is replaced, and writes after that."""
+    student = term.students[0]
+    script = f"""
+        exec 3<>{WELCOME}; touch material/.~welcome.txt; echo opened
+        while [ "$(cat {WELCOME})" = welcome ]; do sleep 0.1; done
+        echo 'what was typed' >&3; rm material/.~welcome.txt
+    """
+    with term_shell(student, script) as process:
+        assert process.stdout and process.stdout.readline() == "opened\n"
+        (term.material / "welcome.txt").write_text("corrected\n")
+        output = term.check("send")
+        assert process.wait(20) == 0
+    assert line_of(output, student).endswith("1 kept as backups")
+    assert read(term, student) == "corrected\n"
+    assert read(term, student, MINE) == "what was typed\n"
+
+
+NONSENSE = {
+    "deleted": "rm {0}",
+    "no JSON": "echo nonsense >{0}",
+    "a list": "echo '[1, 2]' >{0}",
+    "of another form": 'echo \'{{"welcome.txt": 7, "data/table.csv": [[], 1]}}\' >{0}',
+    "nested": "head -c 1000000 /dev/zero | tr '\\0' '[' >{0}",
+    "endless": "truncate -s 1T {0}",
+    "a FIFO": "rm {0}; mkfifo {0}",
+    "a link": "rm {0}; ln -s /etc/shadow {0}",
+    "a directory": "rm {0}; mkdir {0}",
+}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_without_a_record_a_file_counts_as_changed(term: Course, kind: str) -> None:
+    """Whatever a student makes of the record costs nobody anything."""
+    working, *others = term.students
+    shell(working, f"echo mine >{WELCOME}")
+    shell(working, NONSENSE[kind].format(f"material/{notebooks.RECORD_NAME}"))
+    (term.material / "welcome.txt").write_text("corrected\n")
+    shadow = Path("/etc/shadow").read_bytes()
+    output = term.check("send", timeout=30)
+    assert read(term, working) == "corrected\n"
+    assert read(term, working, MINE) == "mine\n"
+    for name in others:
+        assert line_of(output, name) == "0 new, 1 updated, 1 unchanged"
+    assert Path("/etc/shadow").read_bytes() == shadow
+
+
+def test_a_configuration_of_2012_replaces_but_not_unawares(term: Course) -> None:
+    working, *_ = term.students
+    text = term.config.read_text().replace("keep_changed = yes\n", "")
+    term.config.write_text(text)
+    shell(working, f"echo mine >{WELCOME}")
+    named = f"{working} has changed what is replaced for good: 'welcome.txt'"
+    told = f"{working} had changed what was replaced for good: 'welcome.txt'"
+    with run_on_terminal("send", term.config) as terminal:
+        terminal.expect_exact(named)
+        terminal.expect_exact("Replace the changed files of 1 student?")
+        terminal.sendline("no")
+        terminal.expect_exact("nothing was copied")
+        terminal.expect_exact(terminal.delimiter)
+    assert terminal.exitstatus == 2
+    assert read(term, working) == "mine\n"
+    done = term.run("send", stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and told in done.stderr
+    assert read(term, working) == "welcome\n"
+    assert not (term.home(working) / "course" / MINE).exists()
+
+
+def test_nothing_is_copied_where_there_is_no_room_for_all_of_it(term: Course) -> None:
+    student, *others = term.students
+    account = pwd.getpwnam(student)
+    options = f"size=300k,mode=0700,uid={account.pw_uid},gid={account.pw_gid}"
+    mount = ["mount", "--no-mtab", "-t", "tmpfs", "-o", options, "tmpfs", account.pw_dir]
+    subprocess.run(mount, check=True)
+    try:
+        (term.material / "large").write_bytes(bytes(1 << 20))
+        before = {name: snapshot(term.home(name)) for name in term.students}
+        done = term.run("send")
+        assert done.returncode == 2
+        assert "748.4 kB are missing" in done.stderr or " kB are missing" in done.stderr
+        assert f"{account.pw_dir} to send 1.0 MB; nothing was copied" in done.stderr
+        assert {name: snapshot(term.home(name)) for name in term.students} == before
+    finally:
+        subprocess.run(["umount", "--no-mtab", account.pw_dir], check=True)
+
+
+def test_what_editors_and_git_leave_is_neither_sent_nor_retrieved(term: Course) -> None:
+    student = term.students[0]
+    for name in (".git/config", ".ipynb_checkpoints/solution.ipynb", "data/.~lock.csv"):
+        path = term.material / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("not for students")
+    (term.material / "notes.bak").write_text("sent")
+    term.check("send")
+    found = {path.name for path in (term.home(student) / "course").rglob("*")}
+    assert found == {
+        *("material", "data", "table.csv", "welcome.txt", "notes.bak"),
+        notebooks.RECORD_NAME,
+    }
+    shell(student, "mkdir .ipynb_checkpoints __pycache__; touch __pycache__/x.pyc answer")
+    term.check("retrieve")
+    found = {path.name for path in (term.storage / student).rglob("*")}
+    assert "answer" in found and not found & {".ipynb_checkpoints", "__pycache__", "x.pyc"}
+    term.configure(ignore="*.bak")
+    (term.material / "notes.bak").write_text("changed")
+    output = term.check("send", "--only", student)
+    assert "3 new, 0 updated" in line_of(output, student)  # what .git and its like are
+
+
+# ---------------------------------------------------------------------------------------
+# Some students alone
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["setup", "send", "launch", "shutdown", "retrieve"])
+def test_an_unknown_name_is_refused_before_anything_is_done(
+    term: Course, command: str
+) -> None:
+    done = term.run(command, "--only", f"{term.students[0]},nobody-here")
+    assert done.returncode == 2
+    assert f"--only nobody-here: is not in {term.user_list}" in done.stderr
+    assert done.stdout == ""
+
+
+def test_one_who_leaves_is_removed_without_a_word_about_the_others(term: Course) -> None:
+    leaver, *others = term.students
+    rows = term.rows()
+    term.write_students(rows[name] for name in (leaver, others[0]))
+    done = term.run("remove", "--yes", "--only", leaver)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "1 account deleted, 0 left." in done.stdout
+    assert {x.pw_name for x in pwd.getpwall()} & {*term.students} == {*others}
+    assert term.rows()[others[0]]["nb-pass"]
+
+
+def test_one_students_notebook_is_shut_down_and_the_others_run_on(term: Course) -> None:
+    one, *others = term.students
+    launch = term.launch().wait_ready()
+    launch.stop()
+    term.check("shutdown", "--only", one)
+    assert not term.servers(one)
+    assert all(term.servers(name) for name in others)
+    launch = term.launch("--only", f"{one},{others[0]}").wait_ready()
+    assert "2 of 2 notebook servers run." in launch.output
+    assert launch.output.count("adopted") == 1
+
+
+# ---------------------------------------------------------------------------------------
+# retrieve
+# ---------------------------------------------------------------------------------------
+
+
+def test_marks_in_the_storage_stay_as_long_as_the_student_changes_nothing(
+    term: Course,
+) -> None:
+    marked, working, _ = term.students
+    term.check("retrieve")
+    for name in (marked, working):
+        (term.storage / name / WELCOME).write_text("well done\n")
+    shell(working, f"echo more >>{WELCOME}")
+    for number in (1, 2):
+        output = term.check("retrieve")
+        assert line_of(output, marked) == (
+            "0 new, 0 updated, 1 unchanged, 1 changed there and left alone"
+        )
+        assert (term.storage / marked / WELCOME).read_text() == "well done\n"
+        assert ("1 kept as backups" in line_of(output, working)) == (number == 1)
+    assert (term.storage / working / WELCOME).read_text() == "welcome\nmore\n"
+    assert (term.storage / working / f"{WELCOME}.~1~").read_text() == "well done\n"
+
+
+@contextlib.contextmanager
+def saved_without_pause(course: Course, username: str, text: str) -> Iterator[None]:
+    """Have Jupyter save a notebook again and again."""
+    cell = {"cell_type": "raw", "metadata": {}, "source": text, "id": "a"}
+    content = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    model = {"type": "notebook", "format": "json", "content": content}
+    ended, saved = threading.Event(), threading.Event()
+    notebook = course.notebook(username)
+
+    def save() -> None:
+        while not ended.is_set():
+            notebook.api("PUT", "contents/large.ipynb", model)
+            saved.set()
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        assert saved.wait(30)
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_notebook_that_is_being_saved_is_retrieved_whole(term: Course) -> None:
+    student = term.students[0]
+    term.launch().wait_ready()
+    text = "0123456789" * 500_000
+    with saved_without_pause(term, student, text):
+        for _ in range(15):
+            term.check("retrieve", "--only", student)
+            stored = json.loads(
+                (term.storage / student / "material/large.ipynb").read_text()
+            )
+            assert "".join(stored["cells"][0]["source"]) == text
+    assert not list((term.storage / student).rglob(".~*"))
+
+
+RESTLESS = """
+import os, time
+fd = os.open("course/restless", os.O_RDWR | os.O_CREAT, 0o600)
+os.write(fd, bytes(1 << 22))
+print(flush=True)
+while True:
+    os.pwrite(fd, os.urandom(8), 0)
+    os.utime(fd, (1, 1))  # as if it were at rest for long
+"""
+
+
+def test_a_file_that_never_comes_to_rest_holds_up_nobody_for_long(term: Course) -> None:
+    student, other, _ = term.students
+    account = pwd.getpwnam(student)
+    process = subprocess.Popen(
+        ["/usr/bin/python3", "-c", RESTLESS],
+        stdout=subprocess.PIPE,
+        cwd=account.pw_dir,
+        user=account.pw_uid,
+        group=account.pw_gid,
+        extra_groups=[],
+    )
+    try:
+        assert process.stdout and process.stdout.readline()
+        term.check("retrieve", timeout=notebooks.PATIENCE_SECONDS + 30)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (term.storage / student / "restless").stat().st_size == 1 << 22
+    assert (term.storage / other / WELCOME).exists()
+
+
+def test_what_is_retrieved_is_for_all_who_may_read_the_storage(term: Course) -> None:
+    staff = f"{term.group}x"[:30]
+    subprocess.run(["groupadd", staff], check=True)
+    term.storage.mkdir()
+    os.chown(term.storage, 0, grp.getgrnam(staff).gr_gid)
+    os.chmod(term.storage, 0o2770)
+    try:
+        student = term.students[0]
+        for number in range(2):
+            shell(student, f"echo {number} >answer; chmod 600 answer")
+            term.check("retrieve")
+            for path in (term.storage / student).rglob("*"):
+                info = path.stat()
+                assert path.group() == staff
+                wanted = 0o070 if path.is_dir() else 0o060
+                assert info.st_mode & wanted == wanted, path
+    finally:
+        subprocess.run(["groupdel", staff], check=True)
+
+
+# ---------------------------------------------------------------------------------------
+# setup
+# ---------------------------------------------------------------------------------------
+
+# Stands for a module that judges passwords, of which none comes with every Debian.
+REFUSING = """\
+#!/bin/sh
+[ "$PAM_USER" != "$(cat /etc/refused-user)" ]
+"""
+
+
+def test_a_password_that_pam_refuses_is_one_students_failure(
+    make_course: CourseMaker, tmp_path: Path
+) -> None:
+    script, refused_user = Path("/etc/refuse"), Path("/etc/refused-user")
+    script.write_text(REFUSING)
+    script.chmod(0o755)
+    rules = Path("/etc/pam.d/common-password")
+    before = rules.read_text()
+    rule = f"password requisite pam_exec.so {script}\n"
+    course = make_course(3)
+    weak, *others = course.students
+    refused_user.write_text(weak)
+    try:
+        rules.write_text(rule + before)
+        done = course.run("setup")
+        assert done.returncode == 1
+        assert f"{weak}: the sys-pass in line 2 of the list is refused: " in done.stderr
+        assert "password not changed" in done.stderr
+        assert notebooks.read_shadow(weak)[1] == "!"
+        assert all(notebooks.read_shadow(name)[1].startswith("$") for name in others)
+        assert all(map(Path.is_dir, map(course.home, course.students)))
+        refused_user.write_text("")  # as with another password
+        assert course.run("setup").returncode == 0
+        assert notebooks.read_shadow(weak)[1].startswith("$")
+    finally:
+        rules.write_text(before)
+        script.unlink()
+        refused_user.unlink()
