@@ -4684,7 +4684,7 @@ def furnish_home(config: Config, member: Member) -> None:
 
 
 def command_send(course: Course) -> int:
-    """Copy the material into each account; what students have changed is kept."""
+    """Copy the material into each account; `keep_changed` says what becomes of changes."""
     config, options = course.config, course.options
     digests = digest_material(config)
     with course.roster.locked():
@@ -4741,6 +4741,7 @@ class SendPlan(Message):
     """What a send would need and replace in one home."""
 
     device: int
+    free_bytes: int
     needed_bytes: int
     report: CopyReport
 
@@ -4755,25 +4756,29 @@ def plan_send(course: Course) -> None:
     def plan(member: Member) -> SendPlan:
         copy = dataclasses.replace(send_copy(config, course.options, member), dry_run=True)
         report = run_send(copy, config, member)
-        return SendPlan(os.stat(member.home).st_dev, copy.needed_bytes, report)
+        # Of one descriptor: a student may mount something on their home at any moment.
+        with closing(open_directory(member.home, (), member.identity)) as fd:
+            space = os.fstatvfs(fd)
+            free_bytes = space.f_bavail * space.f_frsize
+            device = os.fstat(fd).st_dev
+        return SendPlan(device, free_bytes, copy.needed_bytes, report)
 
     needed: dict[int, int] = collections.Counter()
-    homes: dict[int, Path] = {}
+    free: dict[int, tuple[int, Path]] = {}
     replaced = {}
     looks = Outcome()  # what fails now fails again when it is done
     for member, found in looks.each(plan, find_members(course.students), "look"):
         needed[found.device] += found.needed_bytes
-        homes[found.device] = member.home
+        free[found.device] = found.free_bytes, member.home
         if found.report.overwritten:
             replaced[member.username] = found.report.named
 
-    for device, size in needed.items():
-        space = os.statvfs(homes[device])
-        missing = size - space.f_bavail * space.f_frsize
+    for device, (free_bytes, home) in free.items():
+        missing = needed[device] - free_bytes
         if missing > 0:
             raise UsageError(
-                f"{format_bytes(missing)} are missing in the file system of"
-                f" {homes[device]} to send {format_bytes(size)}; nothing was copied"
+                f"{format_bytes(missing)} are missing in the file system of {home} to send"
+                f" {format_bytes(needed[device])}; nothing was copied"
             )
 
     if replaced and sys.stdin.isatty() and not course.options.yes:
