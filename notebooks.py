@@ -12,8 +12,8 @@ remove    deletes the accounts that setup made, with their homes
 
 The course is described by an INI file (`notebooks.cfg`) and by a CSV file of students
 (`students.csv`). There is no other state: the CSV file is the user database, passwd and
-group say which accounts exist and which are ours (by a mark in their GECOS field), the
-process table and the listening sockets say what runs.
+group say which accounts exist and which are whose course's (by a mark in their GECOS
+field), the process table and the listening sockets say what runs.
 
 In this file a *student* is a row of the list, an *account* an entry of passwd, and a
 *member* both together. Whatever happens in a student's home happens with that student's
@@ -617,14 +617,14 @@ class Child(Process):
         return cls(pid, ours)
 
     @classmethod
-    def execute(cls, role: str, home: Path) -> "Child":
-        """Execute this script afresh, in a role that `main` knows."""
+    def execute(cls, role: str, home: Path, course: Path) -> "Child":
+        """Execute this script afresh, in a role that `main` knows, for a course."""
         language = os.environ.get("LANG", "C.UTF-8")
 
         ours, theirs = Channel.pair()
         with theirs:
             popen = subprocess.Popen(
-                script_command(role, str(theirs.fileno())),
+                script_command(role, str(theirs.fileno()), str(course)),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 cwd="/",
@@ -709,7 +709,9 @@ def release_memory() -> None:
 # What passwd(5), shadow(5), group(5) and login.defs(5) say, and who may do what.
 
 # The GECOS subfield "other" of the accounts that setup made: only root can change it
-# (chfn(1)), so it is the mark by which `remove` knows what it may delete.
+# (chfn(1)), so it is the mark by which `remove` knows what it may delete. After an @ it
+# names the configuration files of the courses that have the account, its owner's first.
+# That of version 1.0.0 names none.
 MARK = "notebooks.py"
 USERNAME = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # 32: LOGIN_NAME_MAX of utmp(5)
 
@@ -738,6 +740,12 @@ def group_members(group: str) -> set[str]:
         return set()
 
 
+def ordinary_groups(username: str) -> set[str]:
+    """Return the groups that list a user, but for those of the system: group(5)."""
+    low = read_login_defs("GID_MIN", 1000)
+    return {x.gr_name for x in grp.getgrall() if username in x.gr_mem and x.gr_gid >= low}
+
+
 def invoking_account() -> pwd.struct_passwd:
     """Return the account of the user who called sudo, else that of this process."""
     try:
@@ -754,11 +762,22 @@ def is_ordinary(username: str) -> bool:
     return account is None or low <= account.pw_uid <= high or account.pw_uid > 65535
 
 
+def read_mark(account: pwd.struct_passwd) -> tuple[str, list[Path]]:
+    """Return the GECOS subfield "other" up to an @, and the files after it: passwd(5)."""
+    mark, _, courses = ",".join(account.pw_gecos.split(",")[4:]).partition("@")
+    return mark, [Path(urllib.parse.unquote(x)) for x in courses.split(";") if x]
+
+
+def make_mark(courses: Iterable[Path]) -> str:
+    """Return a mark that names courses, without what passwd(5) and chfn(1) forbid."""
+    return f"{MARK}@{';'.join(urllib.parse.quote(str(x)) for x in courses)}"
+
+
 def is_ours(account: pwd.struct_passwd | None) -> bool:
-    """Say whether setup made this account: it bears our mark, passwd(5), GECOS "other"."""
+    """Say whether setup made this account, for whatever course: it bears our mark."""
     return (
         account is not None
-        and account.pw_gecos.split(",")[4:] == [MARK]
+        and read_mark(account)[0] == MARK
         and is_ordinary(account.pw_name)
         and account.pw_uid != invoking_account().pw_uid
     )
@@ -1079,7 +1098,7 @@ def read_config(path: Path) -> tuple[Config, list[str]]:
     parser = read_ini(path)
     base = path.absolute().parent
     problems = list(unknown_keys(parser))
-    values: dict[str, Any] = {"path": path.absolute()}
+    values: dict[str, Any] = {"path": Path(os.path.realpath(path))}
 
     for key, option in config_keys().items():
         section, parse = option["section"], option["parse"]
@@ -1450,6 +1469,10 @@ def load_course(path: Path, options: Options = Options()) -> Course:
 #
 # A member is looked up once, and again after the teacher was asked. Each `ensure_` function
 # does only what is missing: a setup that was interrupted is finished by the next one.
+#
+# Several courses may have an account: its mark names them. The first is its *owner*, which
+# gives the system password, and hands the account over to the next when it is removed. The
+# last one's `remove` deletes the account.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1474,7 +1497,7 @@ class Member:
 
     @property
     def is_ours(self) -> bool:
-        """Whether setup made the account: see `is_ours`."""
+        """Whether setup made the account, for whatever course: see `is_ours`."""
         return is_ours(self.account)
 
 
@@ -1484,12 +1507,71 @@ def find_members(students: Iterable[Student]) -> list[Member]:
     return [Member(each, acc, identity_of(acc)) for each, acc in accounts if acc]
 
 
+def is_same_course(path: Path, config: Config) -> bool:
+    """Say whether a configuration file is of this course: it names the same list."""
+    try:
+        other, _ = read_config(path)
+        return os.path.samefile(other.user_list, config.user_list)
+    except (OSError, UsageError):
+        return path == config.path
+
+
+def courses_of(account: pwd.struct_passwd, config: Config) -> list[Path]:
+    """Return the configuration files of the courses that have an account, in order.
+
+    One that is gone counts if the account is in a group that may be of that course, which
+    is elsewhere now, or not mounted.
+    """
+    is_elsewhere = bool(ordinary_groups(account.pw_name) - {config.group})
+    return [path for path in read_mark(account)[1] if is_elsewhere or path.exists()]
+
+
+def is_owned(account: pwd.struct_passwd | None, config: Config) -> bool:
+    """Say whether this course owns an account: it made it, or nobody else has it now."""
+    if account is None or not is_ours(account):
+        return False
+    courses = courses_of(account, config)
+    return not courses or is_same_course(courses[0], config)
+
+
+def other_claims(account: pwd.struct_passwd, config: Config) -> list[str]:
+    """Return what says that other courses have an account: their files, or groups.
+
+    Version 1.0.0 left nothing but the group.
+    """
+    if not read_mark(account)[1]:
+        return [f"group {x}" for x in ordinary_groups(account.pw_name) - {config.group}]
+    courses = courses_of(account, config)
+    return [str(path) for path in courses if not is_same_course(path, config)]
+
+
+def reason_to_stay(member: Member, config: Config) -> str:
+    """Return why remove does not delete an account; nothing if it does."""
+    if not member.is_ours:
+        return "was not made by setup"
+    claims = other_claims(member.account, config)
+    return f"is in {', '.join(claims)}, too" if claims else ""
+
+
+def check_group(config: Config) -> None:
+    """Refuse a group that another course has; raises UsageError."""
+    for account in filter(None, map(find_account, group_members(config.group))):
+        courses = read_mark(account)[1] if is_ours(account) else []
+        if not all(path.exists() for path in courses):  # it may be this one, moved
+            continue
+        if courses and not any(is_same_course(path, config) for path in courses):
+            raise UsageError(
+                f"{config.path}: [Setup] group = {config.group}: is the group of the course"
+                f" {courses[0]}, as of {account.pw_name}; give this course its own"
+            )
+
+
 def warn_of_strays(course: Course) -> None:
-    """Name members of the group who have an account of ours, but no row."""
+    """Name members of the group who have an account of the course, but no row."""
     if course.options.only is not None:  # the teacher does not think of all now
         return
     for name in sorted(group_members(course.config.group)):
-        if name not in course.roster and is_ours(find_account(name)):
+        if name not in course.roster and is_owned(find_account(name), course.config):
             log.warning(
                 "%s has an account that setup made, but no row in %s; to remove it,"
                 " put the row back",
@@ -1497,7 +1579,7 @@ def warn_of_strays(course: Course) -> None:
             )
 
 
-def ensure_account(student: Student, group: str) -> str:
+def ensure_account(student: Student, config: Config) -> str:
     """Make the account unless it exists; return what was done: new, adopted or kept.
 
     The home is made by `ensure_home`: useradd's own is open to all for a moment. Raises:
@@ -1505,27 +1587,67 @@ def ensure_account(student: Student, group: str) -> str:
     """
     account = find_account(student.username)
     if account is None:
-        add_account(student, group)
+        add_account(student, config)
         return "new"
 
-    # A remove that failed has closed it.
-    if is_ours(account) and is_expired(student.username):
-        run_program(["usermod", "--expiredate", "", "--", student.username])
+    if is_ours(account):
+        if is_expired(student.username):  # a remove that failed has closed it
+            run_program(["usermod", "--expiredate", "", "--", student.username])
+        join_course(account, config)
 
-    if group and student.username not in group_members(group):
-        run_program(["gpasswd", "--add", student.username, group])
-        if not is_ours(account):
+    if config.group and student.username not in group_members(config.group):
+        run_program(["gpasswd", "--add", student.username, config.group])
+        if not is_owned(find_account(student.username), config):
             return "adopted"
     return "kept"
 
 
-def add_account(student: Student, group: str) -> None:
+def join_course(account: pwd.struct_passwd, config: Config) -> None:
+    """Have an account's mark name this course, perhaps in place of one that is gone."""
+    _, courses = read_mark(account)
+    if any(is_same_course(path, config) for path in courses):
+        return
+
+    gone = [path for path in courses if not path.exists()]
+    if gone and (
+        gone[0] not in courses_of(account, config) or is_in_group(account, config)
+    ):
+        log.warning("%s: taken over from %s, which is gone", account.pw_name, gone[0])
+        courses[courses.index(gone[0])] = config.path
+    else:
+        courses.append(config.path)
+    set_mark(account, courses)
+
+
+def leave_course(member: Member, config: Config, roster: Roster) -> None:
+    """Undo what setup did for a member whose account stays."""
+    account = find_account(member.username) or member.account  # another remove may run
+    _, courses = read_mark(account)
+    others = [path for path in courses if not is_same_course(path, config)]
+    if member.is_ours and others and others != courses:
+        set_mark(account, others)
+
+    if is_in_group(member.account, config):
+        run_program(["gpasswd", "--delete", member.username, config.group])
+    roster.update(member.username, nb_pass="", port="")
+
+
+def is_in_group(account: pwd.struct_passwd, config: Config) -> bool:
+    return account.pw_name in group_members(config.group)
+
+
+def set_mark(account: pwd.struct_passwd, courses: Iterable[Path]) -> None:
+    comment = ",".join([*account.pw_gecos.split(",")[:4], make_mark(courses)])
+    run_program(["usermod", "--comment", comment, "--", account.pw_name])
+
+
+def add_account(student: Student, config: Config) -> None:
     """Make an account that bears our mark, without a home; raises Error."""
     home = Path("/home", student.username)
     if os.path.lexists(home):
         raise Error(f"{home} exists without an account; move it away first")
 
-    groups = ["--groups", group] if group else []
+    groups = ["--groups", config.group] if config.group else []
     name = re.sub(r'[,:=\\"]', " ", printable(student.full_name))
     try:
         run_program(
@@ -1533,7 +1655,8 @@ def add_account(student: Student, group: str) -> None:
             # No subordinate ids (subuid(5)): what runs under them is hard to find.
             + ["--key", "SUB_UID_COUNT=0", "--key", "SUB_GID_COUNT=0"]
             + ["--shell", "/bin/bash", *groups]
-            + ["--comment", f"{name},,,,{MARK}", "--", student.username]
+            + ["--comment", f"{name},,,,{make_mark([config.path])}"]
+            + ["--", student.username]
         )
     except Error:
         # A setup that was killed may have called a useradd that has just ended.
@@ -2497,7 +2620,7 @@ def clear_empty_runtime_dir() -> None:
 # may fork without end, stop whatever has their uid, and keep root waiting when it looks at
 # them.
 
-SERVER_TITLE = "notebooks.py: notebook server of "  # what ps shows
+SERVER_TITLE = "notebooks.py: notebook server of "  # what ps shows, and NAME in FILE.cfg
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 10.0  # how long processes that keep forking are fought
 MAX_ARGV_BYTES = 1 << 14
@@ -2572,25 +2695,39 @@ def processes_by_uid(uids: Iterable[int]) -> dict[int, list[psutil.Process]]:
     return found
 
 
-def find_roots(processes: Iterable[psutil.Process]) -> list[int]:
-    """Return the pids of notebook servers and kernels, whoever started them.
+def server_course(pid: int) -> str:
+    """Return the configuration file of the course whose server this is, by its title."""
+    title = " ".join(read_argv(pid))
+    return title.partition(" in ")[2] if title.startswith(SERVER_TITLE) else ""
 
-    To read a command line takes a lock on the process's memory, which a student can keep
-    for ever, as in an mmap(2) of a file in a FUSE file system of theirs. Raises: StuckError
-    if to look at them all takes too long.
+
+def find_roots(
+    processes: Iterable[psutil.Process], others: Collection[str] = ()
+) -> tuple[list[int], list[int]]:
+    """Return the pids of notebook servers and kernels, and of other courses' servers.
+
+    Where a student has some of those, only our servers are roots: kernels are found by
+    their server. To read a command line takes a lock on the process's memory, which a
+    student can keep for ever, as in an mmap(2) of a file in a FUSE file system of theirs.
+    Raises: StuckError if to look at them all takes too long.
     """
     deadline = time.monotonic() + STUCK_SECONDS
-    roots = []
+    servers: dict[int, str] = {}
 
     for process in processes:
         if time.monotonic() > deadline:
             raise StuckError(STUCK)
         if is_jupyter(read_argv(process.pid)):
-            roots.append(process.pid)
-    return roots
+            servers[process.pid] = server_course(process.pid)
+
+    spared = [pid for pid, course in servers.items() if course in others]
+    roots = [pid for pid in servers if pid not in spared and (servers[pid] or not spared)]
+    return roots, spared
 
 
-def family_of(processes: Iterable[psutil.Process], known: set[int]) -> list[psutil.Process]:
+def family_of(
+    processes: Iterable[psutil.Process], known: set[int], spared: Collection[int] = ()
+) -> list[psutil.Process]:
     """Return those of one user's processes that are known, and their relatives.
 
     Relatives are descendants of a known process, and processes in a session that it leads.
@@ -2603,7 +2740,7 @@ def family_of(processes: Iterable[psutil.Process], known: set[int]) -> list[psut
             pid = process.pid
             relatives[process] = {pid, process.ppid(), os.getsid(pid)}
             # A server that has just started, when the roots had been looked for.
-            if read_name(pid) == SERVER_TITLE[:15]:
+            if read_name(pid) == SERVER_TITLE[:15] and pid not in spared:
                 known.add(pid)
 
     # Each round finds one more generation.
@@ -2665,32 +2802,39 @@ def kill_all_at_once(identity: Identity) -> bool:
 
 
 def look_for_jupyter(
-    members: Sequence[Member], outcome: Outcome
-) -> tuple[dict[int, set[int]], list[Member]]:
-    """Return the pids of Jupyter's processes by uid, and who cannot be looked at."""
+    config: Config, members: Sequence[Member], outcome: Outcome
+) -> tuple[dict[int, set[int]], dict[int, list[int]], list[Member]]:
+    """Return Jupyter's pids by uid, other courses' servers, and who hides theirs."""
     running = processes_by_uid({member.uid for member in members})
     busy = [member for member in members if running[member.uid]]
     known: dict[int, set[int]] = {member.uid: set() for member in members}
+    spared: dict[int, list[int]] = {}
     hidden = []
 
-    for worker in run_workers(lambda member: find_roots(running[member.uid]), busy):
+    def find(member: Member) -> tuple[list[int], list[int]]:
+        return find_roots(running[member.uid], other_claims(member.account, config))
+
+    for worker in run_workers(find, busy):
         member = worker.member
         with outcome.step(member.username):
             try:
-                known[member.uid] |= set(worker.result())
+                roots, spared[member.uid] = worker.result()
+                known[member.uid] |= set(roots)
             except StuckError:
                 hidden.append(member)
-    return known, hidden
+    return known, spared, hidden
 
 
-def stop_jupyter(members: Sequence[Member], outcome: Outcome) -> None:
-    """End the Jupyter processes of all these members at once.
+def stop_jupyter(
+    config: Config, members: Sequence[Member], outcome: Outcome
+) -> list[Member]:
+    """End the Jupyter processes of all these members at once, but not other courses'.
 
-    If a student's processes cannot be inspected, all of them are killed when setup made the
-    account. For an adopted account, only processes titled as our server.
+    If a student's processes cannot be inspected, all of them are killed when this course
+    alone has the account. Returns: those of whom nothing of Jupyter's is left to run.
     """
-    known, hidden = look_for_jupyter(members, outcome)
-    left = end_families(known)
+    known, spared, hidden = look_for_jupyter(config, members, outcome)
+    left = end_families(known, {*itertools.chain(*spared.values())})
     for member in members:
         if left[member.uid]:
             count = counted(left[member.uid], "process")
@@ -2698,12 +2842,17 @@ def stop_jupyter(members: Sequence[Member], outcome: Outcome) -> None:
 
     for member in hidden:
         with outcome.step(member.username):
-            if not member.is_ours:
+            if reason_to_stay(member, config):
                 raise StuckError(STUCK)
             kill_everything(member.account)
+    return [
+        x for x in members if not spared.get(x.uid) and x.username not in outcome.failures
+    ]
 
 
-def end_families(known: dict[int, set[int]]) -> dict[int, int]:
+def end_families(
+    known: dict[int, set[int]], spared: Collection[int] = ()
+) -> dict[int, int]:
     """End processes that are known, by the uid they run under, and their families.
 
     They get SIGTERM, a grace period, then SIGKILL for as long as new ones appear. Returns:
@@ -2712,7 +2861,7 @@ def end_families(known: dict[int, set[int]]) -> dict[int, int]:
 
     def find_families() -> dict[int, list[psutil.Process]]:
         running = processes_by_uid(known)
-        return {uid: family_of(running[uid], known[uid]) for uid in known}
+        return {uid: family_of(running[uid], known[uid], spared) for uid in known}
 
     families = find_families()
     start = time.monotonic()
@@ -2982,6 +3131,7 @@ class ServerOrder(Message):
     """All that a student's server is told; the password is a hash in Jupyter's format."""
 
     username: str
+    course: str  # its configuration file, for the title
     port: int
     url: str
     password: str
@@ -3226,7 +3376,7 @@ def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
     resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
     with contextlib.suppress(OSError):  # in a container it may be higher already
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
-    setproctitle.setproctitle(SERVER_TITLE + order.username)
+    setproctitle.setproctitle(f"{SERVER_TITLE}{order.username} in {order.course}")
     # Neither the launcher's terminal nor its Ctrl-C are for this process.
     os.setsid()
     drop_privileges(identity_of(account))
@@ -3363,8 +3513,9 @@ class Helper:
 
     has_news = True  # it sends more than Ready
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, course: Path) -> None:
         self.role = role
+        self.course = course  # its configuration file, for those who look at `ps`
         self.state = HelperState.NEW
         self.ready = asyncio.Event()  # set as long as a process can do its work
         self.child: Child | None = None
@@ -3405,7 +3556,7 @@ class Helper:
 
     async def run_once(self) -> str:
         """Start the process and hear it out; return what is to be said of its end."""
-        self.child = child = Child.execute(self.role, TEMPLATE_HOME)
+        self.child = child = Child.execute(self.role, TEMPLATE_HOME, self.course)
 
         try:
             self.greet()
@@ -3474,8 +3625,8 @@ class Fork(Process):
 class Template(Helper):
     """The launcher's side of a template process: asks for forks, hears of their ends."""
 
-    def __init__(self, role: str) -> None:
-        super().__init__(role)
+    def __init__(self, role: str, course: Path) -> None:
+        super().__init__(role, course)
         self.reports: dict[int, asyncio.Future[int]] = {}
 
     async def fork(self, order: Message, fds: Sequence[int]) -> Fork:
@@ -3609,7 +3760,7 @@ def rehearse_start() -> None:
 
     home = ensure_rehearsal_home()
     account = pwd.struct_passwd(("", "", 0, 0, "", str(home), "/bin/sh"))
-    order = ServerOrder("rehearsal", 0, "", "-", ".", "", 0, 0, "", "")
+    order = ServerOrder("rehearsal", "", 0, "", "-", ".", "", 0, 0, "", "")
     os.environ["HOME"] = str(home)  # become_server sets the whole environment again
     logging.disable(logging.CRITICAL)
     app = make_app(order, account)
@@ -3718,8 +3869,8 @@ class Webserver(Helper):
 
     has_news = False  # strangers talk to it: we read nothing once it serves them
 
-    def __init__(self, listener: socket.socket, site: Site) -> None:
-        super().__init__("webserver")
+    def __init__(self, listener: socket.socket, site: Site, course: Path) -> None:
+        super().__init__("webserver", course)
         self.listener = listener
         self.site = site
 
@@ -3905,7 +4056,7 @@ def run_webserver(channel: Channel) -> None:
 # not. So no student can ever take a port of the course and collect the cookies and
 # passwords of whoever visits it.
 
-LAUNCHER_TITLE = "notebooks.py: launcher"
+LAUNCHER_TITLE = "notebooks.py: launcher of "  # the configuration file
 MAX_LOOKED_DESCRIPTORS = 1000  # of each process
 SYS_PIDFD_GETFD = 438  # the same on all architectures
 
@@ -3970,38 +4121,47 @@ def describe_holder(listeners: Listeners, port: int) -> str:
     return f"a process that cannot be named (`ss -tanp | grep {port}` may)"
 
 
-def find_launcher(port: int) -> int:
-    """Return the pid of the `launch` of root's that holds this base port, or 0."""
+def find_launcher(port: int) -> tuple[int, Path] | None:
+    """Return pid and configuration file of the `launch` of root's that has a base port."""
     for pid, _ in find_listeners().get(port, ()):
         with contextlib.suppress(ProcessLookupError):
             # Root's first: a student could hold up who reads their command line.
-            is_root = read_status(pid)[0] == 0
-            if is_root and " ".join(read_argv(pid)).startswith(LAUNCHER_TITLE):
-                return pid
-    return 0
+            title = " ".join(read_argv(pid)) if read_status(pid)[0] == 0 else ""
+            if title.startswith(LAUNCHER_TITLE):
+                return pid, Path(title.removeprefix(LAUNCHER_TITLE))
+    return None
 
 
-def reload_launcher(port: int) -> None:
+def launcher_of(config: Config) -> int:
+    """Return the pid of the `launch` of this course, or 0."""
+    found = find_launcher(config.port)
+    return found[0] if found and is_same_course(found[1], config) else 0
+
+
+def reload_launcher(config: Config) -> None:
     """Have a `launch` that runs read its configuration and list again."""
-    launcher = find_launcher(port)
+    launcher = launcher_of(config)
     if launcher:
         signal_process(launcher, 0, signal.SIGHUP)
         say(f"The launch that runs (pid {launcher}) has been told.")
 
 
-def bind_base_port(port: int) -> socket.socket:
+def bind_base_port(config: Config) -> socket.socket:
     """Return the web page's socket; raises UsageError that names who holds the port."""
+    port = config.port
     try:
         return bind_port(port)
     except OSError as error:
-        launcher = find_launcher(port)
+        launcher = launcher_of(config)
         if launcher:
             raise UsageError(
                 f"launch runs already (pid {launcher}); end that, or leave it: `setup`"
                 " brings new students into it"
             ) from None
 
-        holder = describe_holder(find_listeners(), port)
+        other = find_launcher(port)
+        holder = f"the launch of {other[1]}" if other else ""
+        holder = holder or describe_holder(find_listeners(), port)
         reason = os.strerror(error.errno or 0)
         raise UsageError(
             f"port {port}: {reason}: {holder}; end that, or set another `port`"
@@ -4009,12 +4169,13 @@ def bind_base_port(port: int) -> socket.socket:
 
 
 def take_listener(
-    listeners: Listeners, port: int, uid: int
+    listeners: Listeners, port: int, uid: int, others: Collection[str]
 ) -> tuple[socket.socket, Fork] | None:
     """Duplicate the listening socket out of a student's server that still runs.
 
     A socket that root made tells that the server is ours: a student's own socket belongs to
-    the student. Source: pidfd_getfd(2), not in Python's os yet.
+    the student. The title tells if it is one of these other courses'. Source:
+    pidfd_getfd(2), not in Python's os yet.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     for pid, number in listeners.get(port, ()):
@@ -4028,7 +4189,8 @@ def take_listener(
                 continue
 
             listener = stack.enter_context(socket.socket(fileno=fd))
-            if os.fstat(fd).st_uid == 0 and listener.getsockname()[1] == port:
+            is_ours = os.fstat(fd).st_uid == 0 and server_course(pid) not in others
+            if is_ours and listener.getsockname()[1] == port:
                 stack.pop_all()  # both stay open
                 return listener, Fork(pid, process.pid_fd)
     return None
@@ -4107,7 +4269,7 @@ class Server:
 
     @classmethod
     def open(
-        cls, member: Member, ports: dict[str, int], base: int, listeners: Listeners
+        cls, member: Member, ports: dict[str, int], config: Config, listeners: Listeners
     ) -> "Server":
         """Adopt the student's server, or bind their port or another; raises Error."""
         username, student = member.username, member.student
@@ -4115,8 +4277,9 @@ class Server:
             raise Error("has no nb-pass; run setup first")
 
         port = ports[username]
+        others = other_claims(member.account, config)
         for candidate in {port, int(student.port or port)}:
-            adopted = take_listener(listeners, candidate, member.uid)
+            adopted = take_listener(listeners, candidate, member.uid, others)
             if adopted:
                 listener, process = adopted
                 log.info("%s: adopted, pid %d", username, process.pid)
@@ -4128,7 +4291,7 @@ class Server:
             if error.errno != errno.EADDRINUSE:
                 raise Error(f"port {port}: {error.strerror}") from None
 
-        for other in range(base + len(ports) + 1, 65536):
+        for other in range(config.port + len(ports) + 1, 65536):
             with contextlib.suppress(OSError):
                 server = cls(member, other, bind_port(other))
                 log.warning(
@@ -4281,6 +4444,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
 
     return ServerOrder(
         username=server.username,
+        course=str(config.path),
         port=server.port,
         url=f"https://{host}:{server.port}/{server.username}/",
         password=hash_password(server.member.student.nb_pass),
@@ -4322,12 +4486,12 @@ class Launcher:
         self, course: Course, certificate: Certificate, base_listener: socket.socket
     ) -> None:
         slots = asyncio.Semaphore(os.cpu_count() or 1)
-        template = Template("template")
+        template = Template("template", course.config.path)
         self.context = StartContext(course.config, certificate, template, slots)
         self.options = course.options
         self.fingerprint = certificate.fingerprint()
         self.servers: dict[str, Server] = {}
-        self.web = Webserver(base_listener, self.site())
+        self.web = Webserver(base_listener, self.site(), course.config.path)
         self.announced = False
         self.memory = 0  # of all students, in bytes
 
@@ -4341,7 +4505,7 @@ class Launcher:
         for member in outcome.members(course.students):
             with outcome.step(member.username):
                 server = self.servers.get(member.username) or Server.open(
-                    member, ports, course.config.port, listeners
+                    member, ports, course.config, listeners
                 )
                 server.update(member)
                 servers.append(server)
@@ -4576,6 +4740,7 @@ def command_setup(course: Course) -> int:
     check_programs()
     config, roster = course.config, course.roster
     roster.check_writable()
+    check_group(config)
     warn_of_strays(course)
     if config.profile and not config.profile_dir.is_dir():
         log.warning("there is no %s to copy", config.profile_dir)
@@ -4594,7 +4759,7 @@ def command_setup(course: Course) -> int:
             outcome.done(member.username, done[member.student])
         roster.save()  # if it was changed meanwhile, the passwords are not lost
 
-    reload_launcher(config.port)
+    reload_launcher(config)
     passwords = f"; {renewed} got new system passwords" if renewed else ""
     return outcome.finish(
         f"{counted(counts['new'], 'account')} made, {counts['adopted']} adopted,"
@@ -4615,7 +4780,7 @@ def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student
             roster.update(student.username, nb_pass=make())
 
         account = find_account(student.username)
-        if not student.sys_pass and (account is None or is_ours(account)):
+        if not student.sys_pass and (account is None or is_owned(account, config)):
             if account:  # nobody knows its password any more
                 run_program(["usermod", "--password", "!", "--", student.username])
                 renewed += 1
@@ -4624,7 +4789,9 @@ def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student
     return renewed
 
 
-def set_missing_passwords(students: Iterable[Student], outcome: Outcome) -> None:
+def set_missing_passwords(
+    config: Config, students: Iterable[Student], outcome: Outcome
+) -> None:
     """Give our accounts without a system password the one in the list, through one pipe.
 
     PAM may refuse one: that student fails, with its words, and the others have theirs.
@@ -4634,7 +4801,7 @@ def set_missing_passwords(students: Iterable[Student], outcome: Outcome) -> None
         for student in students
         # `!` before a password is something else: somebody has locked that account.
         if read_shadow(student.username)[1:2] == ["!"]
-        and is_ours(find_account(student.username))
+        and is_owned(find_account(student.username), config)
     }
     try:
         run_program(["chpasswd"], "".join(missing.values()))
@@ -4660,11 +4827,11 @@ def ensure_accounts(
     try:
         for student in progress(students, len(students), "accounts"):
             with outcome.step(student.username):
-                done[student] = ensure_account(student, config.group)
+                done[student] = ensure_account(student, config)
     finally:
         # Those that were made before an interruption get theirs, too.
         with uninterrupted():
-            set_missing_passwords(students, outcome)
+            set_missing_passwords(config, students, outcome)
     return done
 
 
@@ -4819,7 +4986,7 @@ def copy_for_all(course: Course, label: str, copy: Callable[[Member], CopyReport
 def command_launch(course: Course) -> int:
     """Start the servers and serve the web page until SIGTERM or Ctrl-C."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until it is handled
-    setproctitle.setproctitle(LAUNCHER_TITLE)
+    setproctitle.setproctitle(f"{LAUNCHER_TITLE}{course.config.path}")
     if not sys.stderr.isatty():
         log.setLevel(min(log.level, logging.INFO))  # a line per event
     check_reachable()
@@ -4834,7 +5001,7 @@ def command_launch(course: Course) -> int:
 
     ensure_capacity(course)
     certificate = ensure_certificate(config)
-    launcher = Launcher(course, certificate, bind_base_port(config.port))
+    launcher = Launcher(course, certificate, bind_base_port(config))
     with roster.locked():
         outcome = launcher.open_servers(course)
     status = asyncio.run(launcher.run())
@@ -4846,14 +5013,13 @@ def command_shutdown(course: Course) -> int:
     warn_of_strays(course)
     outcome = Outcome()
     members = find_members(course.students)
-    stop_jupyter(members, outcome)
+    ended = stop_jupyter(course.config, members, outcome)
 
-    for member, _ in outcome.each(clear_runtime_dir, members, "shutdown"):
-        if member.username not in outcome.failures:
-            outcome.done(member.username, "shut down")
+    for member, _ in outcome.each(clear_runtime_dir, ended, "shutdown"):
+        outcome.done(member.username, "shut down")
     clear_empty_runtime_dir()
 
-    launcher = find_launcher(course.config.port)
+    launcher = launcher_of(course.config)
     if launcher:
         log.warning(
             "launch still runs (pid %d) and starts servers again when they are visited;"
@@ -4918,18 +5084,18 @@ def command_remove(course: Course) -> int:
         # What has changed since the question: fewer may be deleted, but no others.
         members = [x for x in find_members(roster.students) if x.username in is_doomed]
         others = [member for member in members if not is_doomed[member.username]]
-        deleted = delete_accounts(
-            [each for each in members if each.is_ours and each not in others],
-            roster,
-            outcome,
-        )
+        doomed = [
+            x for x in members if is_doomed[x.username] and not reason_to_stay(x, config)
+        ]
+        deleted = delete_accounts(doomed, roster, outcome)
         for member in others:
             with outcome.step(member.username):
-                leave_course(member, config.group, roster)
-                outcome.done(member.username, "not made by setup; the account stays")
+                reason = reason_to_stay(member, config)
+                outcome.done(member.username, f"{reason}; the account stays")
+                leave_course(member, config, roster)
         roster.save()
 
-    reload_launcher(config.port)
+    reload_launcher(config)
     group = remove_empty_group(config.group)
     return outcome.finish(
         f"{counted(deleted, 'account')} deleted, {len(others)} left"
@@ -4939,7 +5105,7 @@ def command_remove(course: Course) -> int:
 
 def ask_before_removal(course: Course, members: Sequence[Member]) -> dict[str, bool]:
     """Say what remove will do, and ask; return whether each account is to be deleted."""
-    is_doomed = {member.username: member.is_ours for member in members}
+    is_doomed = {x.username: not reason_to_stay(x, course.config) for x in members}
     if members:
         describe_removal(course.config, members)
     if any(is_doomed.values()) and not course.options.yes:
@@ -4947,13 +5113,6 @@ def ask_before_removal(course: Course, members: Sequence[Member]) -> dict[str, b
         question = f"Delete {accounts} and everything in their homes?"
         confirm(question, "nothing was deleted")
     return is_doomed
-
-
-def leave_course(member: Member, group: str, roster: Roster) -> None:
-    """Undo what setup did for a member whose account is their own."""
-    if member.username in group_members(group):
-        run_program(["gpasswd", "--delete", member.username, group])
-    roster.update(member.username, nb_pass="", port="")
 
 
 def delete_accounts(members: Sequence[Member], roster: Roster, outcome: Outcome) -> int:
@@ -5015,9 +5174,10 @@ def directory_bytes(fd: int, deadline: float, depth: int = 0) -> int:
 def describe_removal(config: Config, members: Sequence[Member]) -> None:
     """Say what remove will do, and what would be lost."""
     for member in members:
-        if not member.is_ours:
-            say(f"{member.username} was not made by setup: it only leaves the course.")
-    ours = {member.username: member for member in members if member.is_ours}
+        reason = reason_to_stay(member, config)
+        if reason:
+            say(f"{member.username} {reason}: it only leaves the course.")
+    ours = {x.username: x for x in members if not reason_to_stay(x, config)}
     here = {user.name for user in psutil.users()}.intersection(ours)
     if here:
         say(f"Logged in at this moment: {', '.join(sorted(here))}.")
@@ -5127,7 +5287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     ensure_standard_streams()
     logging.basicConfig(format="notebooks.py: %(message)s", level=logging.WARNING)
-    if len(arguments) == 2 and arguments[0] in ROLES and arguments[1].isdigit():
+    if len(arguments) == 3 and arguments[0] in ROLES and arguments[1].isdigit():
         ROLES[arguments[0]](Channel(fileno=int(arguments[1])))
         return 0
 

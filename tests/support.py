@@ -469,7 +469,7 @@ class Course:
 
     def servers(self, username: str) -> list[psutil.Process]:
         """Return the processes that ps shows as this student's notebook server."""
-        title = f"notebooks.py: notebook server of {username}"
+        title = f"notebooks.py: notebook server of {username} in {self.config}"
         return [
             process for process in processes_of([username]) if title_of(process) == title
         ]

@@ -21,6 +21,7 @@ from conftest import CourseMaker
 from notebooks import GRACE_SECONDS, Error, Member, Outcome, Student, run_workers
 from support import (
     ENVIRONMENT,
+    ROOT,
     Course,
     in_child,
     made_account,
@@ -150,13 +151,16 @@ def start(programs: str) -> Iterator[Start]:
 
 def find_jupyter(uid: int) -> list[psutil.Process]:
     processes = notebooks.processes_by_uid([uid])[uid]
-    return notebooks.family_of(processes, {*notebooks.find_roots(processes)})
+    return notebooks.family_of(processes, {*notebooks.find_roots(processes)[0]})
 
 
-def stop_jupyter(usernames: list[str]) -> dict[str, str]:
+def stop_jupyter(
+    usernames: list[str], path: Path = ROOT / "notebooks.cfg"
+) -> dict[str, str]:
     outcome = Outcome()
     rows = [Student(i, name, "", "", "", "", "") for i, name in enumerate(usernames)]
-    notebooks.stop_jupyter(notebooks.find_members(rows), outcome)
+    config, _ = notebooks.read_config(path)
+    notebooks.stop_jupyter(config, notebooks.find_members(rows), outcome)
     return outcome.failures
 
 
@@ -249,7 +253,8 @@ def test_who_cannot_be_looked_at_loses_all_unless_the_account_is_their_own(
         name = notebooks.SERVER_TITLE[:15]
         script = f"open('/proc/self/comm', 'w').write({name!r}); {WAIT}"
         server = start(person, OTHERS["an editor"], script)
-        assert stop_jupyter([student, person]) == {person: notebooks.STUCK}
+        ended = stop_jupyter([student, person], course.config)
+        assert ended == {person: notebooks.STUCK}
         assert server.wait(5) == -signal.SIGTERM
         assert ours.wait(5) == -signal.SIGKILL
         assert runs(theirs)

@@ -1,0 +1,261 @@
+"""Several courses on one host, with students in common."""
+
+import itertools
+import pwd
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import notebooks
+from conftest import CourseMaker
+from support import Course, run, run_as, wait_until
+from test_accounts import exists, members, password_works, shadow_line, snapshot
+
+pytestmark = pytest.mark.root
+
+Two = tuple[Course, Course]
+
+
+@pytest.fixture
+def two(make_course: CourseMaker) -> Two:
+    """Two courses of two students each, of whom the second and the first are one."""
+    first, second = make_course(2), make_course(2, tutorial_dir="other")
+    shared = first.students[1]
+    second.students[0] = shared
+    second.write_students({"username": x} for x in second.students)
+    return first, second
+
+
+def marked(username: str) -> list[Path]:
+    mark, courses = notebooks.read_mark(pwd.getpwnam(username))
+    assert mark == notebooks.MARK
+    return courses
+
+
+def works(username: str, directory: str) -> Path:
+    """Have a student save something."""
+    run_as(username, "sh", "-c", f"echo mine >{directory}/mine", check=True)
+    return Path(pwd.getpwnam(username).pw_dir, directory, "mine")
+
+
+def orders() -> list[str]:
+    """Return the orders of setups (A, B) and removes (a, b), and some with one again."""
+    words = {"".join(x) for x in itertools.permutations("AaBb")}
+    words = {x for x in words if all(x.index(y) < x.index(y.lower()) for y in "AB")}
+    return sorted({*words, "ABaAb", "ABbBa", "ABAab"})
+
+
+@pytest.mark.parametrize("order", orders())
+def test_two_courses_in_any_order_lose_nothing_and_leave_nothing(
+    two: Two, order: str
+) -> None:
+    courses = dict(zip("AB", two, strict=True))
+    before = snapshot()
+    there: set[str] = set()
+    work: dict[str, list[Path]] = {"A": [], "B": []}
+
+    for letter in order:
+        course = courses[letter.upper()]
+        others = {x for name in there - {letter.upper()} for x in courses[name].students}
+        shadows = {username: shadow_line(username) for username in others}
+        if letter.isupper():
+            there.add(letter)
+            course.check("setup")
+            directory = str(course.settings["tutorial_dir"])
+            work[letter] = [works(username, directory) for username in course.students]
+            assert members(course.group) == {*course.students}
+        else:
+            there.discard(letter.upper())
+            output = course.check("remove", "--yes")
+            for username in others & {*course.students}:
+                other = courses[next(iter(there))]
+                assert f"{username}: is in {other.config}, too; the account stays" in output
+
+        assert {x: shadow_line(x) for x in others} == shadows
+        assert {x for each in two for x in each.students if exists(x)} == {
+            x for name in there for x in courses[name].students
+        }
+        assert all(path.read_text() == "mine\n" for x in there for path in work[x])
+        for name in there:
+            assert all(courses[name].config in marked(x) for x in courses[name].students)
+
+    while there:  # the courses that were set up again
+        courses[there.pop()].check("remove", "--yes")
+    assert snapshot() == before
+
+
+def test_the_second_course_gives_a_notebook_password_and_no_system_password(
+    two: Two,
+) -> None:
+    first, second = two
+    first.check("setup")
+    assert "1 account made, 1 adopted, 0 kept" in second.check("setup")
+    shared = second.students[0]
+    row = second.rows()[shared]
+    assert row["nb-pass"] and not row["sys-pass"]
+    assert password_works(shared, first.rows()[shared]["sys-pass"])
+    assert "0 accounts made, 0 adopted, 2 kept" in second.check("setup")
+    assert marked(shared) == [first.config, second.config]
+
+
+def test_no_command_speaks_of_another_courses_students_or_launch(two: Two) -> None:
+    first, second = two
+    first.check("setup")
+    second.configure(port=first.port)
+    launch = first.launch().wait_ready()
+    for command in ("setup", "send", "retrieve", "shutdown", "remove --yes"):
+        done = second.run(*command.split())
+        assert done.returncode == 0, done
+        assert "no row" not in done.stderr and "launch" not in done.stdout + done.stderr
+    assert "Reloaded" not in launch.output
+
+    second.check("setup")
+    done = second.run("launch")
+    assert done.returncode == 2
+    assert f"{first.port}: Address already in use: the launch of {first.config}" in (
+        done.stderr
+    )
+    assert "has been told" in first.check("setup")
+
+
+def test_shutdown_ends_no_server_or_kernel_of_another_course(two: Two) -> None:
+    first, second = two
+    shared = first.students[1]
+    for course in two:
+        course.check("setup")
+        course.check("send")
+        course.launch().wait_ready()
+    kernels = [course.notebook(shared) for course in two]
+    assert [kernel.execute("kept = 42; kept") for kernel in kernels] == ["42", "42"]
+    assert len(first.servers(shared)) == len(second.servers(shared)) == 1
+
+    second.launches[0].stop()
+    second.check("shutdown")
+    assert first.servers(shared) and not second.servers(shared)
+    assert kernels[0].execute("kept") == "42"
+    first.launches[0].stop()
+    first.check("shutdown")
+    wait_until(lambda: not first.processes(), 5, "the end of all")
+
+
+def test_a_launch_does_not_adopt_another_courses_server(two: Two) -> None:
+    first, second = two
+    shared = first.students[1]
+    for course in two:
+        course.check("setup")
+    second.launch().wait_ready()
+    second.launches[0].stop()
+    port = int(second.rows()[shared]["port"])
+    first.configure(port=port - 2)  # theirs is the second
+    launch = first.launch().wait_ready()
+    assert f"{shared}: port {port} is held by notebooks.py: n" in launch.output
+    assert first.servers(shared) and second.servers(shared)
+
+
+def test_two_courses_cannot_have_the_same_group(two: Two) -> None:
+    first, second = two
+    first.check("setup")
+    before = snapshot()
+    second.configure(group=first.group)
+    done = second.run("setup")
+    assert done.returncode == 2
+    assert f"is the group of the course {first.config}" in done.stderr
+    assert snapshot() == before
+
+
+def test_a_second_configuration_for_the_same_list_is_the_same_course(
+    course: Course,
+) -> None:
+    course.check("setup")
+    feedback = course.config.with_name("feedback.cfg")
+    feedback.write_text(course.config.read_text())
+    assert run("setup", feedback).returncode == 0
+    assert marked(course.students[0]) == [course.config]
+    done = run("remove", "--yes", feedback)
+    assert done.returncode == 0 and not any(map(exists, course.students)), done
+
+
+def move(course: Course) -> Path:
+    """Give the course another directory; return the old configuration file."""
+    old, directory = course.config, course.directory.with_name("moved")
+    course.directory.rename(directory)
+    course.directory, course.config = directory, directory / old.name
+    course.user_list = directory / "students.csv"
+    return old
+
+
+def test_a_course_that_was_moved_keeps_its_accounts(two: Two) -> None:
+    first, second = two
+    first.check("setup")
+    second.check("setup")
+    shared = first.students[1]
+    shadow = shadow_line(shared)
+    old = move(first)
+
+    second.check("setup")
+    assert marked(shared) == [old, second.config]
+    assert not second.rows()[shared]["sys-pass"] and shadow_line(shared) == shadow
+    done = first.run("setup")
+    for username in first.students:
+        assert f"{username}: taken over from {old}, which is gone" in done.stderr
+    assert marked(shared) == [first.config, second.config]
+    assert shadow_line(shared) == shadow
+    second.check("remove", "--yes")
+    assert exists(shared)
+    first.check("remove", "--yes")
+    assert not any(map(exists, first.students))
+
+
+def test_a_course_that_was_moved_is_removed_without_a_setup(course: Course) -> None:
+    course.check("setup")
+    move(course)
+    course.check("remove", "--yes")
+    assert not any(map(exists, course.students))
+
+
+def test_a_course_whose_directory_is_not_mounted_loses_nothing(two: Two) -> None:
+    first, second = two
+    first.check("setup")
+    work = works(first.students[1], "course")
+    first.directory.rename(first.directory.with_name("elsewhere"))
+    second.check("setup")
+    assert not second.rows()[second.students[0]]["sys-pass"]
+    output = second.check("remove", "--yes")
+    assert f"{second.students[0]} is in {first.config}, too" in output
+    assert work.read_text() == "mine\n"
+    first.directory.with_name("elsewhere").rename(first.directory)
+    first.check("remove", "--yes")
+    assert not any(map(exists, (*first.students, *second.students)))
+
+
+def test_marks_of_version_1_0_0_are_taken_over_by_the_first_setup(two: Two) -> None:
+    first, second = two
+    shared = first.students[1]
+    for course in two:
+        course.check("setup")
+    for username in {*first.students, *second.students}:
+        subprocess.run(["usermod", "--comment", ",,,,notebooks.py", username], check=True)
+
+    output = second.check("remove", "--yes")
+    assert f"{shared} is in group {first.group}, too: it only leaves" in output
+    assert exists(shared) and not exists(second.students[1])
+    first.check("setup")
+    assert [marked(x) for x in first.students] == [[first.config], [first.config]]
+    first.check("remove", "--yes")
+    assert not any(map(exists, first.students))
+
+
+def test_any_path_can_be_in_a_mark(make_course: CourseMaker) -> None:
+    course = make_course(1)
+    directory = course.directory.with_name("a; b, c: d=e %41 Übung @")
+    course.directory.rename(directory)
+    course.config, course.user_list = directory / "x.cfg", directory / "students.csv"
+    (directory / "notebooks.cfg").rename(course.config)
+    course.check("setup")
+    (username,) = course.students
+    assert marked(username) == [course.config]
+    assert run_as(username, "chfn", "-w", "555", username, input="").returncode in (0, 1)
+    assert marked(username) == [course.config]
+    course.check("remove", "--yes")
+    assert not exists(username)
