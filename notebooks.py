@@ -341,6 +341,34 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
     return done.stdout
 
 
+def run_as(
+    identity: "Identity", argv: Sequence[str], max_bytes: int = -1, **streams: int
+) -> bool:
+    """Run a program with a user's ids, and say if it succeeded; its words are not kept.
+
+    It belongs to that user, so it holds nothing but its streams. max_bytes: what it may
+    write into a file.
+    """
+    log.debug("running %s", shlex.join(argv))
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(
+        argv,
+        stdin=streams.get("stdin", null),
+        stdout=streams.get("stdout", null),
+        stderr=null,
+        user=identity.uid,
+        group=identity.gid,
+        extra_groups=identity.groups,
+        cwd="/",
+        env={"PATH": PROGRAM_PATH, "LC_ALL": "C.UTF-8"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes,) * 2),
+    )
+    try:
+        return process.wait() == 0
+    finally:
+        process.kill()  # if we were interrupted
+
+
 def run_deletion(*argv: str) -> None:
     """Run find(1) or rm(1), which may take long; Ctrl-C ends it. Raises Error."""
     log.debug("running %s", shlex.join(argv))
@@ -732,6 +760,18 @@ def find_account(username: str) -> pwd.struct_passwd | None:
         return None
 
 
+def useradd_defaults() -> dict[str, str]:
+    """Return the defaults of new accounts, such as HOME and SKEL: useradd(8), -D."""
+    lines = run_program(["useradd", "-D"]).splitlines()
+    return {key: value for key, _, value in (line.partition("=") for line in lines)}
+
+
+def is_local_group(group: str) -> bool:
+    """Say whether a group is in group(5), and not that of a directory service."""
+    lines = Path("/etc/group").read_text().splitlines()
+    return any(line.startswith(f"{group}:") for line in lines)
+
+
 def group_members(group: str) -> set[str]:
     """Return the names that group(5) lists for a group, none if there is no group."""
     try:
@@ -992,6 +1032,8 @@ class Config:
     storage_dir: Path = setting("Shutdown", parse_path, "storage")
     owner: str = setting("Shutdown", parse_owner)
     retrieve_limit: int = setting("Shutdown", parse_size, "1G")
+    archive_dir: Path | None = setting("Shutdown", optional(parse_path))
+    archive_limit: int = setting("Shutdown", parse_size, "10G")
 
     @property
     def material_name(self) -> PurePath:
@@ -1122,7 +1164,7 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "[Launch] key_file: is of no use without cert_file"
 
     material = os.path.realpath(config.material_dir)
-    private = [config.path, config.user_list, config.storage_dir]
+    private = [config.path, config.user_list, config.storage_dir, config.archive_dir]
     for path in (*private, config.cert_file, config.key_file):
         if path and Path(os.path.realpath(path)).is_relative_to(material):
             yield (
@@ -1148,6 +1190,7 @@ COLUMNS = ("username", "name", "surname", "email", "sys-pass", "nb-pass", "port"
 MAX_PASSWORD_LENGTH = 200  # what chpasswd(8) surely takes
 # Letters and digits that cannot be taken for one another on paper.
 PASSWORD_ALPHABET = "".join(set(string.ascii_letters + string.digits) - set("0O1lI"))
+PASSWORD_GROUP = 4  # letters and digits that are read aloud together
 
 
 @dataclasses.dataclass
@@ -1595,7 +1638,7 @@ def ensure_account(student: Student, config: Config) -> str:
             run_program(["usermod", "--expiredate", "", "--", student.username])
         join_course(account, config)
 
-    if config.group and student.username not in group_members(config.group):
+    if is_local_group(config.group) and not is_in_group(student.username, config):
         run_program(["gpasswd", "--add", student.username, config.group])
         if not is_owned(find_account(student.username), config):
             return "adopted"
@@ -1610,7 +1653,7 @@ def join_course(account: pwd.struct_passwd, config: Config) -> None:
 
     gone = [path for path in courses if not path.exists()]
     if gone and (
-        gone[0] not in courses_of(account, config) or is_in_group(account, config)
+        gone[0] not in courses_of(account, config) or is_in_group(account.pw_name, config)
     ):
         log.warning("%s: taken over from %s, which is gone", account.pw_name, gone[0])
         courses[courses.index(gone[0])] = config.path
@@ -1627,13 +1670,13 @@ def leave_course(member: Member, config: Config, roster: Roster) -> None:
     if member.is_ours and others and others != courses:
         set_mark(account, others)
 
-    if is_in_group(member.account, config):
+    if is_local_group(config.group) and is_in_group(member.username, config):
         run_program(["gpasswd", "--delete", member.username, config.group])
     roster.update(member.username, nb_pass="", port="")
 
 
-def is_in_group(account: pwd.struct_passwd, config: Config) -> bool:
-    return account.pw_name in group_members(config.group)
+def is_in_group(username: str, config: Config) -> bool:
+    return username in group_members(config.group)
 
 
 def set_mark(account: pwd.struct_passwd, courses: Iterable[Path]) -> None:
@@ -1642,19 +1685,25 @@ def set_mark(account: pwd.struct_passwd, courses: Iterable[Path]) -> None:
 
 
 def add_account(student: Student, config: Config) -> None:
-    """Make an account that bears our mark, without a home; raises Error."""
-    home = Path("/home", student.username)
-    if os.path.lexists(home):
-        raise Error(f"{home} exists without an account; move it away first")
+    """Make an account that bears our mark, without a home; raises Error.
 
-    groups = ["--groups", config.group] if config.group else []
+    Source: useradd(8) for the base directory, and login.defs(5) for the private group.
+    """
+    defaults = useradd_defaults()
+    home = Path(defaults["HOME"], student.username)
+    check_home_place(home)
+    options = ["--groups", config.group] if is_local_group(config.group) else []
+    options += [*uid_options(home), *gid_options(student.username)]
+    # Debian's /bin/sh has no history and no completion; another choice is the host's.
+    shell = defaults["SHELL"] if defaults["SHELL"] not in ("", "/bin/sh") else "/bin/bash"
     name = re.sub(r'[,:=\\"]', " ", printable(student.full_name))
+
     try:
         run_program(
-            ["useradd", "--no-create-home", "--home-dir", str(home), "--user-group"]
+            ["useradd", "--no-create-home", "--home-dir", str(home), *options]
             # No subordinate ids (subuid(5)): what runs under them is hard to find.
             + ["--key", "SUB_UID_COUNT=0", "--key", "SUB_GID_COUNT=0"]
-            + ["--shell", "/bin/bash", *groups]
+            + ["--shell", shell]
             + ["--comment", f"{name},,,,{make_mark([config.path])}"]
             + ["--", student.username]
         )
@@ -1664,28 +1713,62 @@ def add_account(student: Student, config: Config) -> None:
             raise
 
 
-def ensure_home(account: pwd.struct_passwd) -> None:
-    """Make the home of an account of ours, private and whole from its first moment.
+def uid_options(home: Path) -> list[str]:
+    """Return useradd's options for the uid of an account with this home.
 
-    A home that exists is left as it is. Source: useradd(8), the skeleton directory. Raises:
-    Error if that is somebody else's.
+    A home that is left over, as when the system was installed again, gives its uid, which
+    no other account gets. Raises: Error if that is somebody else's.
     """
-    home = Path(account.pw_dir)
-    if not is_ours(account) or is_home_of(account):
-        return
-    if os.path.lexists(home):
-        raise Error(f"{home} is not theirs; move it away, and run setup again")
+    uids = range(read_login_defs("UID_MIN", 1000), read_login_defs("UID_MAX", 60000) + 1)
+    used = {account.pw_uid for account in pwd.getpwall()}
+    with os.scandir(home.parent) as entries:
+        owners = {each.name: each.stat(follow_symlinks=False).st_uid for each in entries}
 
-    # It is built beside its place, of which a setup that was killed leaves a part.
-    unfinished = home.with_name(f".{home.name}-new")
-    run_deletion("rm", "-rf", "--", str(unfinished))
-    unfinished.mkdir(mode=0o700)
-    options = ["--recursive", "--no-dereference", "--"]
-    if os.path.isdir("/etc/skel"):
-        run_program(["cp", *options, "/etc/skel/.", str(unfinished)])
-    owner = f"{account.pw_uid}:{account.pw_gid}"
-    run_program(["chown", *options, owner, str(unfinished)])
-    unfinished.rename(home)
+    uid = owners.get(home.name)
+    if uid is None:
+        left_over = set(owners.values()) - used
+        free = [each for each in uids if each not in used | left_over]
+        return ["--uid", str(free[0])] if left_over and free else []
+
+    if uid in used or uid not in uids:
+        raise Error(
+            f"{home} exists without an account, and uid {uid}, which owns it, is somebody"
+            " else's: move it away, run setup, and copy its files into the new home, as by"
+            f" `cp -aT OLD {home} && chown -R {home.name}: {home}`"
+        )
+    say(f"{home.name}: gets uid {uid}, whose home {home} is left over")
+    return ["--uid", str(uid)]
+
+
+def gid_options(username: str) -> list[str]:
+    """Return useradd's options for a private group that is left over; raises Error."""
+    try:
+        gid = grp.getgrnam(username).gr_gid
+    except KeyError:
+        return []
+    if gid < read_login_defs("GID_MIN", 1000):
+        raise Error("is the name of a group of the system; give them another user name")
+    return ["--gid", str(gid)]
+
+
+def unfinished_home(home: Path) -> Path:
+    """Return where a home is built: beside its place. A setup that is killed leaves it."""
+    return home.with_name(f".{home.name}-new")
+
+
+def check_home_place(home: Path) -> None:
+    """Make sure that root can make a home there; raises Error."""
+    unfinished = unfinished_home(home)
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir(exist_ok=True)
+        os.chown(unfinished, read_login_defs("UID_MIN", 1000), -1)
+    except OSError as error:
+        raise Error(
+            f"{home.parent} lets root make no homes ({error.strerror}). On NFS with"
+            f" root_squash make the account and {home} on the file server: setup adopts"
+            " accounts that exist"
+        ) from None
 
 
 def remove_empty_group(group: str) -> bool:
@@ -2537,6 +2620,112 @@ def is_profile_file(path: Path) -> bool:
     """Say whether a path of an IPython profile is given to students."""
     python = path.suffix == ".py" and path.parent in (Path(), Path("startup"))
     return python or path == Path("startup")
+
+
+# == Homes, and their archives =============================================================
+#
+# A home is made from the skeleton directory, and from the archive that an earlier `remove`
+# has packed: so a course moves to another host. tar(1) runs as the student: it can read
+# what is theirs, and write nowhere else.
+
+ARCHIVE_NAME = "{}.tar.gz"
+
+
+def ensure_home(account: pwd.struct_passwd, config: Config) -> None:
+    """Make an account's home, private and whole from its first moment; from its archive.
+
+    A home that exists is left as it is. Source: useradd(8), the skeleton directory. Raises:
+    Error if that is somebody else's.
+    """
+    home = Path(account.pw_dir)
+    if is_home_of(account) or not is_ours(account) and os.path.lexists(home):
+        return
+    if os.path.lexists(home):
+        raise Error(f"{home} is not theirs; move it away, and run setup again")
+
+    unfinished, skeleton = unfinished_home(home), useradd_defaults()["SKEL"]
+    run_deletion("rm", "-rf", "--", str(unfinished))
+    unfinished.mkdir(mode=0o700)
+    options = ["--recursive", "--no-dereference", "--"]
+    if os.path.isdir(skeleton):
+        run_program(["cp", *options, f"{skeleton}/.", str(unfinished)])
+    owner = f"{account.pw_uid}:{account.pw_gid}"
+    run_program(["chown", *options, owner, str(unfinished)])
+    if is_ours(account):
+        unpack_home(account, config, unfinished)
+    unfinished.rename(home)
+
+
+def unpack_home(account: pwd.struct_passwd, config: Config, home: Path) -> None:
+    """Unpack what `archive_home` has packed, if there is an archive; raises Error."""
+    if not config.archive_dir:
+        return
+    archive = config.archive_dir / ARCHIVE_NAME.format(account.pw_name)
+    try:
+        with acting_as(identity_of(config.storage_owner)):
+            fd = os.open(archive, FILE_FLAGS)
+    except FileNotFoundError:
+        return
+
+    command = ["tar", "--extract", "--gzip", "--preserve-permissions", "--file=-"]
+    with closing(fd):
+        if not run_as(identity_of(account), [*command, f"--directory={home}"], stdin=fd):
+            raise Error(f"{archive} could not be unpacked; see `tar -tzf`, and the room")
+
+
+def archive_home(config: Config, member: Member) -> None:
+    """Pack the home of a member who runs nothing any more, and check the archive.
+
+    Runs as: tar(1) as the member, who can read what is theirs; the archive is written as
+    the owner of the storage. Raises: Error if not all was packed.
+    """
+    assert config.archive_dir
+    if not is_home_of(member.account):
+        return  # then none is deleted, either
+    if config.archive_dir.is_relative_to(member.home):
+        raise Error("archive_dir lies in their home; set another")
+    writer, name = identity_of(config.storage_owner), ARCHIVE_NAME.format(member.username)
+    with acting_as(writer):
+        config.archive_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory_fd = os.open(config.archive_dir, os.O_RDONLY | os.O_CLOEXEC)
+        temporary = PART_PREFIX + secrets.token_hex(8)
+
+    with closing(directory_fd):
+        with acting_as(writer):
+            fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd)
+        try:
+            with closing(fd):
+                pack_home(member, fd, config.archive_limit)
+            with acting_as(writer):
+                with contextlib.suppress(FileNotFoundError):
+                    kept = free_name(KEPT_COPY, name, directory_fd)
+                    os.rename(name, kept, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+                os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+                os.fsync(directory_fd)
+        except BaseException:
+            with acting_as(writer), contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=directory_fd)
+            raise
+
+
+def pack_home(member: Member, fd: int, max_bytes: int) -> None:
+    """Write the archive of a home into a file, and read it again; raises Error."""
+    # Directories that they have closed are theirs, and their end is near.
+    run_as(member.identity, ["chmod", "--recursive", "u+rwX", "--", str(member.home)])
+    pack = ["tar", "--create", "--gzip", "--sparse", "--one-file-system", "--file=-"]
+    pack += [f"--directory={member.home}", "."]
+
+    if not run_as(member.identity, pack, max_bytes, stdout=fd):
+        if os.fstat(fd).st_size >= max_bytes:
+            raise Error("not deleted: the archive would be larger than archive_limit")
+        raise Error(
+            "not deleted: tar could not pack all of the home, for want of room, or for"
+            f" files of others (find {member.home} ! -user {member.username})"
+        )
+    os.fsync(fd)
+    os.lseek(fd, 0, os.SEEK_SET)
+    if not run_as(member.identity, ["tar", "--list", "--gzip", "--file=-"], stdin=fd):
+        raise Error("not deleted: the archive cannot be read again; is the disk broken?")
 
 
 # == Runtime directories ===================================================================
@@ -4751,6 +4940,10 @@ def command_setup(course: Course) -> int:
         renewed = prepare_passwords(config, roster, course.students)
         if config.group:
             run_program(["groupadd", "--force", "--", config.group])
+            if not is_local_group(config.group):
+                log.warning(
+                    "group %s is not in /etc/group: nobody is put into it", config.group
+                )
         done = ensure_accounts(config, course.students, outcome)
         members = outcome.members([*done])
         furnish = functools.partial(furnish_home, config)
@@ -4767,24 +4960,33 @@ def command_setup(course: Course) -> int:
     )
 
 
+def make_password(length: int) -> str:
+    """Return so many letters and digits, in groups such as Kq7m-x3Tf-9ZpW.
+
+    Each of the kinds that password policies ask for is there: pam_pwquality(8), minclass.
+    """
+    kinds = (str.islower, str.isupper, str.isdigit)
+    letters = ""
+    while not all(any(map(is_kind, letters)) for is_kind in kinds):
+        letters = "".join(secrets.choice(PASSWORD_ALPHABET) for _ in range(length))
+    groups = range(0, length, PASSWORD_GROUP)
+    return "-".join(letters[i : i + PASSWORD_GROUP] for i in groups)
+
+
 def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student]) -> int:
     """Fill the empty password cells; return how many accounts of ours lose an old one."""
-
-    def make() -> str:
-        letters = (secrets.choice(PASSWORD_ALPHABET) for _ in range(config.password_length))
-        return "".join(letters)
 
     renewed = 0
     for student in students:
         if not student.nb_pass:
-            roster.update(student.username, nb_pass=make())
+            roster.update(student.username, nb_pass=make_password(config.password_length))
 
         account = find_account(student.username)
         if not student.sys_pass and (account is None or is_owned(account, config)):
             if account:  # nobody knows its password any more
                 run_program(["usermod", "--password", "!", "--", student.username])
                 renewed += 1
-            roster.update(student.username, sys_pass=make())
+            roster.update(student.username, sys_pass=make_password(config.password_length))
     roster.save()
     return renewed
 
@@ -4837,7 +5039,7 @@ def ensure_accounts(
 
 def furnish_home(config: Config, member: Member) -> None:
     """Make the home and the tutorial directory in it, and copy the IPython profile."""
-    ensure_home(member.account)
+    ensure_home(member.account, config)
     parts = config.tutorial_dir.parts
     os.close(open_directory(member.home, parts, member.identity, create=True))
 
@@ -5087,7 +5289,7 @@ def command_remove(course: Course) -> int:
         doomed = [
             x for x in members if is_doomed[x.username] and not reason_to_stay(x, config)
         ]
-        deleted = delete_accounts(doomed, roster, outcome)
+        deleted = delete_accounts(doomed, config, roster, outcome)
         for member in others:
             with outcome.step(member.username):
                 reason = reason_to_stay(member, config)
@@ -5115,13 +5317,18 @@ def ask_before_removal(course: Course, members: Sequence[Member]) -> dict[str, b
     return is_doomed
 
 
-def delete_accounts(members: Sequence[Member], roster: Roster, outcome: Outcome) -> int:
+def delete_accounts(
+    members: Sequence[Member], config: Config, roster: Roster, outcome: Outcome
+) -> int:
     """End all that these members run, delete their accounts, and return how many."""
     ended = []
     for member in members:
         with outcome.step(member.username):
             end_account(member.account)
             ended.append(member)
+    if config.archive_dir:
+        pack = functools.partial(archive_home, config)
+        ended = [member for member, _ in outcome.each(pack, ended, "archives")]
     delete_public_files([member.uid for member in ended])
 
     deleted = 0
@@ -5139,6 +5346,7 @@ class HomeReport(Message):
     """What a home holds, and what would be lost with it."""
 
     size_bytes: int
+    outside: int  # files that no retrieve copies
     has_work: bool  # that was not retrieved
     problem: str  # why some of it could not be looked at
 
@@ -5146,29 +5354,36 @@ class HomeReport(Message):
 def look_at_home(config: Config, member: Member) -> HomeReport:
     """Look at a home as its owner can see it."""
     home_fd = open_directory(member.home, (), member.identity)
+    size = outside = 0
     with acting_as(member.identity):
-        size = directory_bytes(home_fd, time.monotonic() + LOOK_SECONDS)
+        for path, info in walk_files(home_fd, Path(), time.monotonic() + LOOK_SECONDS):
+            size += info.st_blocks * 512
+            # What is hidden belongs to programs and to the skeleton.
+            is_hidden = path.parts[0].startswith(".")
+            outside += not is_hidden and not path.is_relative_to(config.tutorial_dir)
+
     try:
         work = retrieve_from(config, member, dry_run=True)
     except Error as error:
-        return HomeReport(size, False, str(error))
+        return HomeReport(size, outside, False, str(error))
     has_work = bool(work.new or work.updated or work.over_limit)
-    return HomeReport(size, has_work, work.first_failure)
+    return HomeReport(size, outside, has_work, work.first_failure)
 
 
-def directory_bytes(fd: int, deadline: float, depth: int = 0) -> int:
-    """Return what a directory's files occupy, as far as that is seen in time; closes fd."""
-    total = 0
+def walk_files(
+    fd: int, path: Path, deadline: float
+) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield what is in a directory but for directories, as far as that is seen in time."""
     with closing(fd), os.scandir(fd) as entries:
         for entry in entries:
             if time.monotonic() > deadline:
                 break
             with contextlib.suppress(OSError):
-                total += entry.stat(follow_symlinks=False).st_blocks * 512
-                if entry.is_dir(follow_symlinks=False) and depth < MAX_DEPTH:
+                if not entry.is_dir(follow_symlinks=False):
+                    yield path / entry.name, entry.stat(follow_symlinks=False)
+                elif len(path.parts) < MAX_DEPTH:
                     inner = os.open(entry.name, DIRECTORY_FLAGS, dir_fd=fd)
-                    total += directory_bytes(inner, deadline, depth + 1)
-    return total
+                    yield from walk_files(inner, path / entry.name, deadline)
 
 
 def describe_removal(config: Config, members: Sequence[Member]) -> None:
@@ -5186,12 +5401,14 @@ def describe_removal(config: Config, members: Sequence[Member]) -> None:
 
 def describe_homes(config: Config, members: Sequence[Member]) -> None:
     """Say what is in the homes that remove will delete."""
-    looks, size, unretrieved = Outcome(), 0, []
+    looks, size, unretrieved, outside = Outcome(), 0, [], []
     look = functools.partial(look_at_home, config)
     for member, home in looks.each(look, members, "homes"):
         size += home.size_bytes
         if home.has_work:
             unretrieved.append(member.username)
+        if home.outside:
+            outside.append(f"{member.username} ({home.outside})")
         if home.problem:
             looks.failed(member.username, home.problem)
 
@@ -5199,6 +5416,11 @@ def describe_homes(config: Config, members: Sequence[Member]) -> None:
     say(f"{accounts} that setup made, with {format_bytes(size)}, will be deleted.")
     if unretrieved:
         say(f"Work that was not retrieved: {', '.join(sorted(unretrieved))}.")
+    if config.archive_dir:
+        say(f"Each home is packed into {config.archive_dir} before.")
+    elif outside:
+        directory = config.tutorial_dir
+        say(f"Files outside ~/{directory}, never retrieved: {', '.join(sorted(outside))}.")
     for username, reason in looks.failures.items():
         say(f"{username}: their work could not be looked at: {reason}")
 

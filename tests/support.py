@@ -52,7 +52,7 @@ SECTIONS = {
     " ignore profile",
     "Launch": "cert_file key_file server_address web_title launch_dir port"
     " list_students on_demand idle_minutes idle_kernel_minutes",
-    "Shutdown": "storage_dir owner retrieve_limit",
+    "Shutdown": "storage_dir owner retrieve_limit archive_dir archive_limit",
 }
 CA_CONFIGURATION = """\
 [ca]
