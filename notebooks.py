@@ -1552,11 +1552,13 @@ def find_members(students: Iterable[Student]) -> list[Member]:
 
 def is_same_course(path: Path, config: Config) -> bool:
     """Say whether a configuration file is of this course: it names the same list."""
+    if path == config.path:
+        return True
     try:
         other, _ = read_config(path)
         return os.path.samefile(other.user_list, config.user_list)
     except (OSError, UsageError):
-        return path == config.path
+        return False
 
 
 def courses_of(account: pwd.struct_passwd, config: Config) -> list[Path]:
@@ -1691,7 +1693,7 @@ def add_account(student: Student, config: Config) -> None:
     """
     defaults = useradd_defaults()
     home = Path(defaults["HOME"], student.username)
-    check_home_place(home)
+    check_home_place(home.parent)
     options = ["--groups", config.group] if is_local_group(config.group) else []
     options += [*uid_options(home), *gid_options(student.username)]
     # Debian's /bin/sh has no history and no completion; another choice is the host's.
@@ -1751,22 +1753,19 @@ def gid_options(username: str) -> list[str]:
     return ["--gid", str(gid)]
 
 
-def unfinished_home(home: Path) -> Path:
-    """Return where a home is built: beside its place. A setup that is killed leaves it."""
-    return home.with_name(f".{home.name}-new")
-
-
-def check_home_place(home: Path) -> None:
-    """Make sure that root can make a home there; raises Error."""
-    unfinished = unfinished_home(home)
+def check_home_place(directory: Path) -> None:
+    """Make sure that root can make homes in a directory; raises Error."""
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.mkdir(exist_ok=True)
-        os.chown(unfinished, read_login_defs("UID_MIN", 1000), -1)
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = tempfile.mkdtemp(prefix=".", dir=directory)
+        try:
+            os.chown(probe, read_login_defs("UID_MIN", 1000), -1)
+        finally:
+            os.rmdir(probe)
     except OSError as error:
         raise Error(
-            f"{home.parent} lets root make no homes ({error.strerror}). On NFS with"
-            f" root_squash make the account and {home} on the file server: setup adopts"
+            f"{directory} lets root make no homes ({error.strerror}). On NFS with"
+            " root_squash make the account and its home on the file server: setup adopts"
             " accounts that exist"
         ) from None
 
@@ -2643,7 +2642,9 @@ def ensure_home(account: pwd.struct_passwd, config: Config) -> None:
     if os.path.lexists(home):
         raise Error(f"{home} is not theirs; move it away, and run setup again")
 
-    unfinished, skeleton = unfinished_home(home), useradd_defaults()["SKEL"]
+    # It is built beside its place, of which a setup that was killed leaves a part.
+    unfinished = home.with_name(f".{home.name}-new")
+    skeleton = useradd_defaults()["SKEL"]
     run_deletion("rm", "-rf", "--", str(unfinished))
     unfinished.mkdir(mode=0o700)
     options = ["--recursive", "--no-dereference", "--"]
