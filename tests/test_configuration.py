@@ -76,6 +76,8 @@ def test_an_empty_file_gives_the_defaults_beside_it(tmp_path: Path) -> None:
         storage_dir=tmp_path / "storage",
         owner="",
         retrieve_limit=1 << 30,
+        archive_dir=None,
+        archive_limit=10 << 30,
     )
     assert config.start_dir == Path("course/material")
 
@@ -216,7 +218,7 @@ def test_a_bad_value_is_refused_with_what_is_right(
         ("[Setup]\ntutorail_dir=a", "[Setup] tutorail_dir", "mean `tutorial_dir`?"),
         ("[Launch]\nweb-title=a", "[Launch] web-title", "mean `web_title`?"),
         ("[Shutdown]\nport=1", "[Shutdown] port", "belongs in section [Launch]"),
-        ("[Shutdown]\nx=1", "[Shutdown] x", "storage_dir, owner, retrieve_limit"),
+        ("[Shutdown]\nx=1", "[Shutdown] x", "retrieve_limit, archive_dir, archive_limit"),
         ("[setup]", "[setup]: unknown section", "did you mean `Setup`?"),
         ("[Lunch]\nport=1", "[Lunch]: unknown section", "did you mean `Launch`?"),
         ("[DEFAULT]\nport=1", "[DEFAULT]: unknown section", "Setup, Launch, Shutdown"),

@@ -411,7 +411,7 @@ def test_setup_and_remove_leave_a_spreadsheet_as_it_was(course: Course) -> None:
     os.chown(course.user_list, 12345, 23456)
     course.check("setup")
     data = course.user_list.read_bytes()
-    words = rb"Notiz;nb-pass;sys-pass(\r\n7b;[\s\S]*);[a-zA-Z0-9]{12};[a-zA-Z0-9]{12}"
+    words = rb"Notiz;nb-pass;sys-pass(\r\n7b;[\s\S]*);[a-zA-Z0-9-]{14};[a-zA-Z0-9-]{14}"
     assert re.sub(words, rb"Notiz\1", data) == text.encode("utf-8-sig")
     course.check("remove", "--yes")
     data = course.user_list.read_bytes()
