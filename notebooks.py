@@ -2311,6 +2311,7 @@ class TreeCopy:
     mode: int = 0  # what group and others may do besides what the source lets them
     dry_run: bool = False  # only count
     digests: Digests = dataclasses.field(default_factory=dict)  # those that are known
+    original: Callable[[Path, int], str] = lambda *_: ""  # see `is_original`
     report: CopyReport = dataclasses.field(default_factory=CopyReport)
     patience: float = PATIENCE_SECONDS
     needed_bytes: int = 0
@@ -2410,14 +2411,14 @@ class TreeCopy:
             fd = os.open(entry.name, FILE_FLAGS, dir_fd=source_fd)
         with closing(fd):
             item = Item(path, fd, os.fstat(fd), source_fd, destination_fd)
-            mode, size = item.info.st_mode, item.info.st_size
+            mode = item.info.st_mode
             deeper = item.info.st_dev == self.device and len(path.parts) <= MAX_DEPTH
 
             if stat.S_ISDIR(mode) and deeper:
                 self.enter_directory(item)
             elif not stat.S_ISREG(mode):
                 self.report.skipped += 1
-            elif self.charge(max(size - ENTRY_BYTES, 0), path):
+            else:
                 self.copy_file(item)
 
     def enter_directory(self, item: Item) -> None:
@@ -2495,10 +2496,16 @@ class TreeCopy:
 
     def copy_file(self, item: Item) -> None:
         """Copy a file unless the destination has it; again, if it changes meanwhile."""
-        change = None
+        change, charged = None, ENTRY_BYTES
         while change is None:
             started = time.monotonic()
             item = dataclasses.replace(item, info=self.wait_settled(item))
+            # Not before: it may have grown while we waited.
+            if not self.dry_run:
+                size = 0 if self.is_original(item) else max(item.info.st_size, ENTRY_BYTES)
+                if not self.charge(size - charged, item.path):
+                    return
+                charged = size
             change = self.copy_once(item)
             if change is None:  # a student could have us copy it for ever
                 self.patience -= max(time.monotonic() - started, POLL_SECONDS)
@@ -2507,6 +2514,23 @@ class TreeCopy:
             self.report.overwrite(item.path)
         is_update = change in (Change.CONFLICT, Change.BLOCKED)
         vars(self.report)["updated" if is_update else change.name.lower()] += 1
+
+    def is_original(self, item: Item) -> bool:
+        """Say whether a file is as the teacher has it: that costs nothing of the limit.
+
+        `original` gives the digest of the teacher's file of this path and size, if any. A
+        digest of the student's comes from our record, never from theirs.
+        """
+        digest = self.original(item.path, item.info.st_size)
+        if not digest:
+            return False
+        copied = self.record.get(item.path)
+        if copied and copied.source == stamp_of(item.info):
+            return copied.digest == digest
+
+        key = item.info.st_dev, item.info.st_ino, stamp_of(item.info)
+        self.digests[key] = digest_file(item.fd)  # the record needs it, too
+        return self.digests[key] == digest
 
     def wait_settled(self, item: Item) -> os.stat_result:
         """Wait until nobody writes to a file, but not for ever; return what it is then.
@@ -5247,10 +5271,17 @@ def command_retrieve(course: Course) -> int:
             f"{config.path}: [Shutdown] storage_dir: {config.storage_dir} cannot be"
             f" made by its owner {owner.pw_name}: {error.strerror}"
         ) from None
-    return copy_for_all(course, "retrieve", functools.partial(retrieve_from, config))
+
+    originals: Digests = {}
+    with contextlib.suppress(UsageError):  # the material may be gone by now
+        originals = digest_material(config)
+    retrieve = functools.partial(retrieve_from, config, originals)
+    return copy_for_all(course, "retrieve", retrieve)
 
 
-def retrieve_from(config: Config, member: Member, dry_run: bool = False) -> CopyReport:
+def retrieve_from(
+    config: Config, originals: Digests, member: Member, dry_run: bool = False
+) -> CopyReport:
     """Copy one member's tutorial directory into the storage, or count what that is."""
     if config.storage_dir.is_relative_to(member.home / config.tutorial_dir):
         raise Error("storage_dir lies in what is to be retrieved; set another")
@@ -5260,9 +5291,19 @@ def retrieve_from(config: Config, member: Member, dry_run: bool = False) -> Copy
     mode = 0
     with contextlib.suppress(OSError):  # it is not there yet: a dry run
         mode = os.stat(config.storage_dir).st_mode & 0o2077
+    teacher = identity_of(invoking_account())
+
+    def original(path: Path, size: int) -> str:
+        with contextlib.suppress(OSError, ValueError), acting_as(teacher):
+            info = os.stat(config.material_dir / path.relative_to(config.material_dir.name))
+            if info.st_size == size:
+                return originals.get((info.st_dev, info.st_ino, stamp_of(info)), "")
+        return ""
+
     copy = TreeCopy(
         member.identity,
         identity_of(config.storage_owner),
+        original=original,
         keep_as=KEPT_COPY,
         keep_all=True,
         limit=config.retrieve_limit,
@@ -5364,7 +5405,7 @@ def look_at_home(config: Config, member: Member) -> HomeReport:
             outside += not is_hidden and not path.is_relative_to(config.tutorial_dir)
 
     try:
-        work = retrieve_from(config, member, dry_run=True)
+        work = retrieve_from(config, {}, member, dry_run=True)
     except Error as error:
         return HomeReport(size, outside, False, str(error))
     has_work = bool(work.new or work.updated or work.over_limit)

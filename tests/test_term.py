@@ -15,7 +15,7 @@ import pytest
 
 import notebooks
 from conftest import CourseMaker
-from support import Course, run_as, run_on_terminal
+from support import Course, run_as, run_on_terminal, start, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -411,6 +411,59 @@ def test_what_is_retrieved_is_for_all_who_may_read_the_storage(term: Course) -> 
                 assert info.st_mode & wanted == wanted, path
     finally:
         subprocess.run(["groupdel", staff], check=True)
+
+
+def test_what_is_as_the_teacher_sent_it_does_not_count_against_the_limit(
+    term: Course,
+) -> None:
+    """However often; and neither a forged record nor a file of that size helps."""
+    honest, forger, copying = term.students
+    (term.material / "data/large").write_bytes(os.urandom(4 << 20))
+    term.check("send")
+    shell(honest, "head -c 900k /dev/urandom >own")
+    shell(forger, "rm material/data/large; head -c 4M /dev/urandom >material/data/large")
+    shell(copying, "cp material/data/large again")
+    record = term.home(forger) / "course/material" / notebooks.RECORD_NAME
+    forged = json.loads(record.read_text())
+    stamp = notebooks.stamp_of((record.parent / "data/large").stat())
+    forged["data/large"][1:] = [stamp, stamp]
+    record.write_text(json.dumps(forged))
+
+    term.configure(retrieve_limit="1M")
+    left_out = {forger: "material/data/large", copying: "again"}
+    for _ in range(2):
+        done = term.run("retrieve")
+        assert done.returncode == 1
+        for name, path in left_out.items():
+            text = f"{name}: more than retrieve_limit: '{path}' is left out\n"
+            assert text in done.stderr
+            assert not (term.storage / name / path).exists()
+        assert honest not in done.stderr
+    for name in (honest, copying):
+        large = (term.storage / name / "material/data/large").read_bytes()
+        assert large == (term.material / "data/large").read_bytes()
+    assert (term.storage / honest / "own").stat().st_size == 900 << 10
+    for name in (honest, forger, copying):
+        shell(name, "rm -f again")
+    shell(forger, "rm material/data/large")
+    description = term.run("remove", stdin=subprocess.DEVNULL).stdout
+    assert "not retrieved" not in description
+
+
+def test_a_file_that_grows_while_it_is_waited_for_counts_with_its_size(
+    term: Course,
+) -> None:
+    student, *_ = term.students
+    term.configure(retrieve_limit="1M")
+    shell(student, "touch growing .~growing")
+    process = start("retrieve", "--only", student, config=term.config)
+    try:
+        wait_until((term.storage / student).exists, 20, "the beginning")
+        shell(student, "sleep 0.5; truncate -s 100M growing; rm .~growing")
+    finally:
+        _, errors = process.communicate()
+    assert f"{student}: more than retrieve_limit: 'growing' is left out" in errors
+    assert not (term.storage / student / "growing").exists()
 
 
 # ---------------------------------------------------------------------------------------
