@@ -18,7 +18,8 @@ PREFIX = /opt/notebooks
 LINK = /usr/local/bin/notebooks.py
 TEST_PREFIX = /opt/notebooks-test
 BENCH_PREFIX = /opt/notebooks-bench
-TEST_PACKAGES = chromium chromium-driver libnss-extrausers openssl python3-venv tcc
+TEST_PACKAGES = acl chromium chromium-driver exfat-fuse exfatprogs libnss-extrausers openssl \
+    python3-venv tcc
 
 DEMO = $(PREFIX)/demo
 DEMO_CONFIG = $(DEMO)/notebooks.cfg

@@ -2426,13 +2426,13 @@ class TreeCopy:
         with acting_as(self.writer):
             inner_fd = self.open_inner(item)
         with closing(inner_fd):
-            self.copy_directory(item.fd, inner_fd, item.path)
             if not self.dry_run:
                 mode = item.info.st_mode & 0o777 | self.mode
+                # At once, or a colleague could not go on where we were interrupted. It may
+                # be theirs. Without its first three bits nobody could copy into it again.
                 with acting_as(self.writer), contextlib.suppress(PermissionError):
-                    # Without its first three bits nobody could copy into it again. It may
-                    # be a colleague's, in a directory of the staff's.
                     os.fchmod(inner_fd, mode | 0o700)
+            self.copy_directory(item.fd, inner_fd, item.path)
 
     def open_inner(self, item: Item) -> int:
         """Open a directory, or make it; what else has that name is moved aside."""

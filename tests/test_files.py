@@ -367,6 +367,18 @@ def test_a_full_disk_leaves_the_older_version_and_no_other_file(
         assert content(destination) == {"dir": "a directory", "dir/large": "old"}
 
 
+@pytest.mark.root
+def test_a_colleague_can_go_on_with_a_copy_that_ended_early(
+    source: Path, destination: Path
+) -> None:
+    write(source, {"dir/large": "x" * 2_000_000})
+    os.chmod(source / "dir", 0o700)
+    with small_disk(destination):
+        with pytest.raises(Error, match="No space left on device"):
+            copy(source, destination, mode=0o2070)
+        assert stat.S_IMODE((destination / "dir").stat().st_mode) == 0o2770
+
+
 # ---------------------------------------------------------------------------------------
 # send and retrieve
 # ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import grp
 import json
 import os
 import pwd
+import shutil
 import stat
 import subprocess
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 import notebooks
 from conftest import CourseMaker
-from support import Course, run_as, run_on_terminal, start, wait_until
+from support import Course, made_account, run_as, run_on_terminal, start, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -464,6 +465,62 @@ def test_a_file_that_grows_while_it_is_waited_for_counts_with_its_size(
         _, errors = process.communicate()
     assert f"{student}: more than retrieve_limit: 'growing' is left out" in errors
     assert not (term.storage / student / "growing").exists()
+
+
+@pytest.fixture
+def staff() -> Iterator[tuple[str, str, str]]:
+    """A group, and a teacher and an assistant who are in it."""
+    group = f"nbg{os.urandom(2).hex()}"
+    subprocess.run(["groupadd", group], check=True)
+    with made_account("--groups", group) as one, made_account("--groups", group) as two:
+        yield group, one.pw_name, two.pw_name
+    subprocess.run(["groupdel", group], check=True)
+
+
+# How a directory is made for a group: all that it needs; a default ACL besides; ACLs.
+SHARED = {
+    "setgid": "chgrp {0} .; chmod 2770 .",
+    "a default ACL": "chgrp {0} .; chmod 2770 .; setfacl -d -m g:{0}:rwX .",
+    "ACLs alone": "chmod 700 .; setfacl -m g:{0}:rwX .; setfacl -d -m g:{0}:rwX .",
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_what_one_of_the_staff_retrieves_is_for_all_of_them(
+    term: Course, staff: tuple[str, str, str], kind: str
+) -> None:
+    """Each may retrieve in turn, read and change all of it, and nobody else may."""
+    if "setfacl" in SHARED[kind] and not shutil.which("setfacl"):
+        pytest.skip("needs setfacl")
+    group, *people = staff
+    student, other, _ = term.students
+    storage = Path("/var", group)  # where its owners can get at it
+    storage.mkdir()
+    script = ["sh", "-euc", SHARED[kind].format(group)]
+    subprocess.run(script, cwd=storage, check=True)
+    term.configure(storage_dir=storage)
+    shell(student, "umask 77; mkdir private; echo 0 >private/answer; echo 0 >answer")
+
+    for number, person in enumerate([*people, *people], 1):
+        uid = str(pwd.getpwnam(person).pw_uid)
+        shell(student, f"echo {number} >answer; echo {number} >private/answer{number}")
+        done = term.run("retrieve", env={"SUDO_UID": uid})
+        assert (done.returncode, done.stderr) == (0, "")
+        assert line_of(done.stdout, student).startswith(("1 new, 1 upd", "5 new, 0"))
+        for reader in people:
+            find = f"find {storage}/{student} -mindepth 1"
+            test = f"{find} ( ! -readable -o ! -writable -o -type d ! -executable )"
+            done = run_as(reader, *test.split(), check=True)
+            assert (done.stdout, done.stderr) == ("", "")
+        run_as(person, "sh", "-c", f"echo mark >>{storage}/{student}/answer", check=True)
+        denied = run_as(other, "ls", storage)
+        assert "Permission denied" in denied.stderr
+
+    stored = storage / student
+    kept = [stored / f"answer.~{number}~" for number in range(1, 4)]
+    assert [path.read_text() for path in kept] == [f"{i}\nmark\n" for i in range(1, 4)]
+    assert len(list((stored / "private").iterdir())) == 5
+    subprocess.run(["rm", "-r", storage], check=True)
 
 
 # ---------------------------------------------------------------------------------------
