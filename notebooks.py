@@ -2008,7 +2008,7 @@ MAX_NAME_BYTES = 255  # of a file in most file systems
 MAX_SHOWN_PATH = 500  # characters, of which a student can make 25,000
 MAX_NAMED = 5  # files of a student that a message names
 COPY_CHUNK_BYTES = 1 << 24
-COMPARE_CHUNK_BYTES = 1 << 18
+READ_BYTES = 1 << 18
 
 # For how long nobody must have written to a file before it is copied, how long a save may
 # take, and how long all files of a student are waited for.
@@ -2027,6 +2027,13 @@ NOWHERE = os.devnull
 # What copy_file_range(2) says where it does not work, and a full disk (write(2)).
 NOT_SHARED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+# What names have that some file systems cannot hold, such as vfat, exfat and a share of
+# Windows: characters, an end, a word; and what Python makes of bytes that are no UTF-8.
+AWKWARD = re.compile(
+    r'(?i)[\0-\x1f\x7f\udc80-\udcff"*:<>?\\|]|[. ]+\Z'
+    r"|\A(con|prn|aux|nul|com\d|lpt\d)(?= *(\.|\Z))"
+)
 
 # What is kept of a copy that was changed, in a home and in the storage. The first opens as
 # what it is: Jupyter hides names that end in ~.
@@ -2055,7 +2062,8 @@ class CopyReport(Message, frozen=False):
     skipped: int = 0
     backups: int = 0
     overwritten: int = 0  # changed copies, of which none was kept
-    named: str = ""  # the first of those
+    renamed: int = 0  # for a storage that cannot hold each name
+    named: str = ""  # the first of those that were overwritten or renamed
     over_limit: str = ""
     copied_bytes: int = 0
     failed: int = 0
@@ -2072,11 +2080,14 @@ class CopyReport(Message, frozen=False):
         name = str(path)[:MAX_SHOWN_PATH]
         self.first_failure = self.first_failure or f"{name!r}: {error.strerror}"
 
-    def overwrite(self, path: Path) -> None:
-        self.overwritten += 1
-        if self.overwritten <= MAX_NAMED:
-            self.named += f"{', ' if self.named else ''}{str(path)[:MAX_SHOWN_PATH]!r}"
-        elif self.overwritten == MAX_NAMED + 1:
+    def name(self, kind: str, path: Path, text: str = "") -> None:
+        """Count a file in a field, and name the first few."""
+        vars(self)[kind] += 1
+        number = vars(self)[kind]
+        if number <= MAX_NAMED:
+            comma = ", " if self.named else ""
+            self.named += f"{comma}{str(path)[:MAX_SHOWN_PATH]!r}{text}"
+        elif number == MAX_NAMED + 1:
             self.named += " ..."
 
     @property
@@ -2159,7 +2170,8 @@ class CopyRecord:
 
         try:
             with open(fd, "w") as file:
-                os.fchmod(fd, mode)
+                with contextlib.suppress(PermissionError):  # a file system without modes
+                    os.fchmod(fd, mode)
                 json.dump(self.copied, file)
             os.rename(
                 temporary, RECORD_NAME, src_dir_fd=directory_fd, dst_dir_fd=directory_fd
@@ -2222,43 +2234,58 @@ def copy_data(source_fd: int, destination_fd: int, size: int) -> int:
     return copied
 
 
-def same_content(first_fd: int, second_fd: int) -> bool:
-    """Compare two files from their beginnings, and leave both positions there."""
-    offset = 0
-    while True:
-        first = os.pread(first_fd, COMPARE_CHUNK_BYTES, offset)
-        if first != os.pread(second_fd, COMPARE_CHUNK_BYTES, offset):
-            return False
-        if not first:
-            return True
-        offset += len(first)
-
-
-def digest_file(fd: int) -> str:
-    """Return the SHA-256 digest of a file, and leave its position where it is."""
+def digest_file(fd: int, size: int = sys.maxsize) -> str:
+    """Return the SHA-256 digest of a file that may grow; its position stays where it is."""
     digest, offset = hashlib.sha256(), 0
-    while data := os.pread(fd, COMPARE_CHUNK_BYTES, offset):
+    while data := os.pread(fd, min(size - offset, READ_BYTES), offset):
         digest.update(data)
         offset += len(data)
     return digest.hexdigest()
 
 
+def portable_name(name: str) -> str:
+    """Return a name that stands for this one alone, and that any storage can hold."""
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+    stem, suffix = os.path.splitext(AWKWARD.sub(lambda found: f"{found[1] or ''}_", name))
+    raw = os.fsencode(stem)[:180] + os.fsencode(f"-{digest}") + os.fsencode(suffix)[:20]
+    return raw.decode(errors="ignore").rstrip(". ")  # half a character is no UTF-8
+
+
+def is_there(name: str, directory_fd: int) -> bool:
+    try:
+        os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):  # NOWHERE
+        return False
+    return True
+
+
+def can_hold(name: str, directory_fd: int) -> bool:
+    """Ask a file system whether it has place for a name, and takes no other for it."""
+    alias = name.rstrip(". ").swapcase()
+    try:
+        if not AWKWARD.search(name):
+            return not is_there(name, directory_fd)  # where A is a, it may be
+        differs = alias == name or is_there(alias, directory_fd)
+        os.close(os.open(name, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd))
+    except OSError:
+        return False
+    try:
+        return differs or not is_there(alias, directory_fd)
+    finally:
+        os.unlink(name, dir_fd=directory_fd)
+
+
 def free_name(pattern: str, name: str, directory_fd: int) -> str:
     """Return the first free name after a pattern of {stem}, {suffix} and {number}."""
-    stem, suffix = os.path.splitext(name)
-    raw = os.fsencode(stem)
     if len(os.fsencode(name)) > MAX_NAME_BYTES - 20:
         # Names that begin alike must not share their copies: to count up all of the
         # others' would take time by the square of their number.
-        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
-        suffix = os.fsdecode(os.fsencode(suffix)[:20])
-        stem = f"{os.fsdecode(raw[:180])}-{digest}"
+        name = portable_name(name)
+    stem, suffix = os.path.splitext(name)
 
     for number in itertools.count(1):
         free = pattern.format(stem=stem, suffix=suffix, number=number)
-        try:
-            os.stat(free, dir_fd=directory_fd, follow_symlinks=False)
-        except FileNotFoundError:
+        if not is_there(free, directory_fd):
             break
     return free
 
@@ -2279,15 +2306,12 @@ def is_being_saved(name: str, directory_fd: int) -> bool:
 class Item:
     """A file or directory on its way: opened for reading, and where it goes."""
 
-    path: Path  # below the source and below the destination
+    path: Path  # below the source
+    name: str  # in the directory that it goes into
     fd: int
     info: os.stat_result
     source_fd: int  # of the directory that it is in
     destination_fd: int  # of the directory that it goes into
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
 
 @dataclasses.dataclass
@@ -2304,6 +2328,7 @@ class TreeCopy:
     writer: Identity
     keep_as: str = ""  # what changed copies are kept as: see `free_name`; empty: they go
     keep_all: bool = False  # also copies that nobody has changed
+    any_storage: bool = False  # the destination may not hold each name: see `stored_name`
     limit: int = sys.maxsize  # in bytes; each file counts ENTRY_BYTES at least
     wanted: Callable[[Path], bool] = lambda path: True  # of relative paths
     recorded: bool = True  # with a record of what was copied
@@ -2311,7 +2336,7 @@ class TreeCopy:
     mode: int = 0  # what group and others may do besides what the source lets them
     dry_run: bool = False  # only count
     digests: Digests = dataclasses.field(default_factory=dict)  # those that are known
-    original: Callable[[Path, int], str] = lambda *_: ""  # see `is_original`
+    material: tuple[Path, Identity] | None = None  # what costs nothing, and whose it is
     report: CopyReport = dataclasses.field(default_factory=CopyReport)
     patience: float = PATIENCE_SECONDS
     needed_bytes: int = 0
@@ -2368,8 +2393,7 @@ class TreeCopy:
         return True
 
     def copy_directory(self, source_fd: int, destination_fd: int, path: Path) -> None:
-        if not self.dry_run:
-            self.remove_partial_files(destination_fd)
+        names = set() if self.dry_run else self.tidy_up(destination_fd)
 
         with os.scandir(source_fd) as entries:
             for entry in entries:
@@ -2381,23 +2405,48 @@ class TreeCopy:
                 if not self.charge(ENTRY_BYTES, path / "..."):
                     return
                 try:
-                    self.copy_entry(entry, source_fd, destination_fd, inner)
+                    self.copy_entry(entry, source_fd, destination_fd, inner, names)
                 except OSError as error:
                     # With a full disk the others would fail, too.
                     if error.errno in FULL:
                         raise Error(f"{error.strerror}; {self.report}") from None
                     self.report.fail(inner, error)
 
-    def remove_partial_files(self, directory_fd: int) -> None:
-        """Remove what a copy that was killed has left in a directory."""
+    def tidy_up(self, directory_fd: int) -> set[str]:
+        """Remove what a copy that was killed has left, and return what else is there."""
+        names, count = set(), None if self.any_storage else MAX_ENTRIES
         with acting_as(self.writer), os.scandir(directory_fd) as entries:
-            for entry in itertools.islice(entries, MAX_ENTRIES):
+            for entry in itertools.islice(entries, count):
+                names.add(entry.name)
                 if entry.name.startswith(PART_PREFIX):
                     with contextlib.suppress(OSError):
                         os.unlink(entry.name, dir_fd=directory_fd)
+        return names
+
+    def stored_name(self, path: Path, directory_fd: int, names: set[str]) -> str:
+        """Return the name that a file has in the storage, the same one each time.
+
+        Where A is a, the one that came first keeps its name: the storage tells that.
+        """
+        if not self.any_storage or path.name in names:
+            return path.name
+
+        other = portable_name(path.name)
+        with acting_as(self.writer):
+            # A dry run does not ask: the file is new under either name.
+            is_new = not is_there(other, directory_fd)
+            if is_new and (self.dry_run or can_hold(path.name, directory_fd)):
+                return path.name
+        self.report.name("renamed", path, f" is {other!r}")
+        return other
 
     def copy_entry(
-        self, entry: "os.DirEntry[str]", source_fd: int, destination_fd: int, path: Path
+        self,
+        entry: "os.DirEntry[str]",
+        source_fd: int,
+        destination_fd: int,
+        path: Path,
+        names: set[str],
     ) -> None:
         """Copy one entry of a directory, if it is something that is copied."""
         # A device must not even be opened: that may have effects.
@@ -2410,7 +2459,8 @@ class TreeCopy:
         with acting_as(self.reader):
             fd = os.open(entry.name, FILE_FLAGS, dir_fd=source_fd)
         with closing(fd):
-            item = Item(path, fd, os.fstat(fd), source_fd, destination_fd)
+            name = self.stored_name(path, destination_fd, names)
+            item = Item(path, name, fd, os.fstat(fd), source_fd, destination_fd)
             mode = item.info.st_mode
             deeper = item.info.st_dev == self.device and len(path.parts) <= MAX_DEPTH
 
@@ -2474,9 +2524,11 @@ class TreeCopy:
         copied = self.record.get(item.path) if self.recorded else None
         if copied and (stamp_of(item.info), stamp_of(old)) == copied[1:]:
             return Change.UNCHANGED
-        if old.st_size == item.info.st_size and same_content(item.fd, old_fd):
-            self.remember(item, self.digest_of(item.info, old_fd), stamp_of(old))
-            return Change.UNCHANGED
+        if old.st_size == item.info.st_size:
+            digest = self.digest_of(item.info, item.fd)
+            if digest == digest_file(old_fd, old.st_size):
+                self.remember(item, digest, stamp_of(old))
+                return Change.UNCHANGED
         return self.compare_changed(item, old_fd, old, copied)
 
     def compare_changed(
@@ -2511,26 +2563,25 @@ class TreeCopy:
                 self.patience -= max(time.monotonic() - started, POLL_SECONDS)
 
         if change is Change.CONFLICT and not self.keep_as:
-            self.report.overwrite(item.path)
+            self.report.name("overwritten", item.path)
         is_update = change in (Change.CONFLICT, Change.BLOCKED)
         vars(self.report)["updated" if is_update else change.name.lower()] += 1
 
     def is_original(self, item: Item) -> bool:
-        """Say whether a file is as the teacher has it: that costs nothing of the limit.
-
-        `original` gives the digest of the teacher's file of this path and size, if any. A
-        digest of the student's comes from our record, never from theirs.
-        """
-        digest = self.original(item.path, item.info.st_size)
-        if not digest:
+        """Say whether a file is as the teacher has it: that costs nothing of the limit."""
+        if not self.material:
             return False
-        copied = self.record.get(item.path)
+        directory, teacher = self.material
+        digest = None
+        with contextlib.suppress(OSError, ValueError), acting_as(teacher):
+            info = os.stat(directory / item.path.relative_to(directory.name))
+            if info.st_size == item.info.st_size:
+                digest = self.digests.get((info.st_dev, info.st_ino, stamp_of(info)))
+
+        copied = self.record.get(item.path) if digest else None  # ours, not the student's
         if copied and copied.source == stamp_of(item.info):
             return copied.digest == digest
-
-        key = item.info.st_dev, item.info.st_ino, stamp_of(item.info)
-        self.digests[key] = digest_file(item.fd)  # the record needs it, too
-        return self.digests[key] == digest
+        return digest is not None and self.digest_of(item.info, item.fd) == digest
 
     def wait_settled(self, item: Item) -> os.stat_result:
         """Wait until nobody writes to a file, but not for ever; return what it is then.
@@ -2546,7 +2597,7 @@ class TreeCopy:
                 if self.patience <= 0 or not 0 <= age < SAVE_SECONDS:
                     return info
 
-                if is_being_saved(item.name, item.source_fd):
+                if is_being_saved(item.path.name, item.source_fd):
                     saved = True
                 elif saved or age > SETTLE_SECONDS:
                     return info  # a save that began since is noticed after the copy
@@ -2582,8 +2633,9 @@ class TreeCopy:
                 if stamp_of(os.fstat(item.fd)) != stamp_of(info) and self.patience > 0:
                     os.unlink(temporary, dir_fd=directory_fd)
                     return False
-                os.fchmod(new_fd, info.st_mode & 0o777 | 0o600 | self.mode & 0o066)
-                os.utime(new_fd, ns=(info.st_mtime_ns, info.st_mtime_ns))
+                with contextlib.suppress(PermissionError):  # a file system without modes
+                    os.utime(new_fd, ns=(info.st_mtime_ns, info.st_mtime_ns))
+                    os.fchmod(new_fd, info.st_mode & 0o777 | 0o600 | self.mode & 0o066)
                 self.replace(item, change, temporary)
             except BaseException:
                 with contextlib.suppress(FileNotFoundError):  # it is renamed already
@@ -2628,15 +2680,17 @@ class TreeCopy:
 
     def digest_of(self, info: os.stat_result, fd: int) -> str:
         """Return the digest of a source, which is that of its copy."""
-        known = self.digests.get((info.st_dev, info.st_ino, stamp_of(info)))
-        return known or digest_file(fd)
+        key = info.st_dev, info.st_ino, stamp_of(info)
+        if key not in self.digests:
+            self.digests[key] = digest_file(fd, info.st_size)
+        return self.digests[key]
 
 
 def is_as_copied(fd: int, info: os.stat_result, stamp: Stamp, digest: str) -> bool:
     """Say whether a file has the content that it had when it was copied."""
     if stamp_of(info) == stamp:
         return True
-    return info.st_size == stamp[0] and digest_file(fd) == digest
+    return info.st_size == stamp[0] and digest_file(fd, info.st_size) == digest
 
 
 def is_profile_file(path: Path) -> bool:
@@ -5200,6 +5254,9 @@ def copy_for_all(course: Course, label: str, copy: Callable[[Member], CopyReport
                     "%s had changed what was replaced for good: %s",
                     *(member.username, report.named),
                 )
+            if report.renamed:
+                text = "%s: the storage cannot hold each name as it is: %s"
+                log.warning(text, member.username, report.named)
             if report.problem:
                 outcome.failed(member.username, report.problem)
             total.add(report)
@@ -5271,7 +5328,6 @@ def command_retrieve(course: Course) -> int:
             f"{config.path}: [Shutdown] storage_dir: {config.storage_dir} cannot be"
             f" made by its owner {owner.pw_name}: {error.strerror}"
         ) from None
-
     originals: Digests = {}
     with contextlib.suppress(UsageError):  # the material may be gone by now
         originals = digest_material(config)
@@ -5291,21 +5347,14 @@ def retrieve_from(
     mode = 0
     with contextlib.suppress(OSError):  # it is not there yet: a dry run
         mode = os.stat(config.storage_dir).st_mode & 0o2077
-    teacher = identity_of(invoking_account())
-
-    def original(path: Path, size: int) -> str:
-        with contextlib.suppress(OSError, ValueError), acting_as(teacher):
-            info = os.stat(config.material_dir / path.relative_to(config.material_dir.name))
-            if info.st_size == size:
-                return originals.get((info.st_dev, info.st_ino, stamp_of(info)), "")
-        return ""
-
     copy = TreeCopy(
         member.identity,
         identity_of(config.storage_owner),
-        original=original,
+        material=(config.material_dir, identity_of(invoking_account())),
+        digests=originals,
         keep_as=KEPT_COPY,
         keep_all=True,
+        any_storage=True,
         limit=config.retrieve_limit,
         wanted=config.is_wanted,
         mode=mode,

@@ -4,6 +4,7 @@ import contextlib
 import grp
 import os
 import pwd
+import re
 import signal
 import socket
 import stat
@@ -377,6 +378,39 @@ def test_a_colleague_can_go_on_with_a_copy_that_ended_early(
         with pytest.raises(Error, match="No space left on device"):
             copy(source, destination, mode=0o2070)
         assert stat.S_IMODE((destination / "dir").stat().st_mode) == 0o2770
+
+
+def test_a_file_that_grows_is_read_to_the_size_that_it_had(source: Path) -> None:
+    """Else who lets it grow faster than it is read keeps us reading."""
+    write(source, {"one": "abc", "two": "abcdef"})
+    with (source / "one").open() as one, (source / "two").open() as two:
+        digest = notebooks.digest_file(one.fileno())
+        assert notebooks.digest_file(two.fileno(), 3) == digest
+        assert notebooks.digest_file(two.fileno()) != digest
+
+
+STORED = {
+    "what?.txt": r"what_-\w{8}\.txt",
+    'a"*:<>|\\b': r"a_______b-\w{8}",
+    "end. . ": r"end_-\w{8}",
+    "aux.tar.gz": r"aux_\.tar-\w{8}\.gz",
+    "CON": r"CON_-\w{8}",
+    "...": r"_-\w{8}",
+    "\udcff\udcfe.py": r"__-\w{8}\.py",
+    "\x01\x7f": r"__-\w{8}",
+    "é" * 127: r"é{90}-\w{8}",
+    "x. " + "y" * 17 + " z": r"x-\w{8}\. y{17}",
+    "Contents.txt": r"Contents-\w{8}\.txt",
+}
+
+
+@pytest.mark.parametrize("name", STORED, ids=ascii)
+def test_a_portable_name_can_be_held_anywhere(name: str) -> None:
+    portable = notebooks.portable_name(name)
+    assert re.fullmatch(STORED[name], portable)
+    assert portable == notebooks.portable_name(name) != notebooks.portable_name(name + "?")
+    assert not notebooks.AWKWARD.search(portable)
+    assert len(portable.encode()) <= 220
 
 
 # ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A term: what students and teachers wrote is there at its end, whatever was run."""
 
 import contextlib
+import functools
 import grp
 import json
 import os
@@ -521,6 +522,114 @@ def test_what_one_of_the_staff_retrieves_is_for_all_of_them(
     assert [path.read_text() for path in kept] == [f"{i}\nmark\n" for i in range(1, 4)]
     assert len(list((stored / "private").iterdir())) == 5
     subprocess.run(["rm", "-r", storage], check=True)
+
+
+@contextlib.contextmanager
+def mounted_stick(directory: Path, image: Path, uid: int) -> Iterator[None]:
+    """Mount an exFAT file system, made at first: in user space, which any kernel can."""
+    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+    if not image.exists():
+        image.touch()
+        os.truncate(image, 16 << 20)
+        run(["mkfs.exfat", image])
+    try:
+        device = run(["losetup", "--find", "--show", image]).stdout.strip()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"needs loop devices: {error.stderr}")
+    try:
+        run(["mount.exfat-fuse", "-o", f"allow_other,uid={uid}", device, directory])
+        yield
+        run(["umount", "--no-mtab", directory])
+    finally:
+        subprocess.run(["umount", "--no-mtab", directory], capture_output=True)
+        run(["losetup", "--detach", device])
+
+
+# Names that the stick holds as they are, and others.
+HELD = ["A.txt", "data/x", "Untitled 1.ipynb", "été", ".hidden", "n" * 250]
+OTHERS = [
+    "a.txt",
+    "Data/x",
+    'what: is "this"?.txt',
+    "aux.txt",
+    "new\nline",
+    "?",
+    "\udcff.b",
+]
+
+
+def contents(directory: Path) -> dict[str, str]:
+    found = {path: path for path in directory.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_text()
+        for path in found
+        if path.name != notebooks.RECORD_NAME
+    }
+
+
+def test_a_stick_holds_every_file_under_a_name_that_stays(
+    term: Course, tmp_path: Path
+) -> None:
+    for program in ("mkfs.exfat", "mount.exfat-fuse"):
+        if not shutil.which(program):
+            pytest.skip(f"needs {program}")
+    student, other, _ = term.students
+    home = term.home(student) / "course"
+    subprocess.run(["rm", "-r", home / "material"], check=True)
+    for name in [*HELD, *OTHERS]:
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_text(ascii(name))
+    (home / "link?").symlink_to("a.txt")
+    subprocess.run(["chown", "-R", student, home], check=True)
+
+    with made_account() as owner:
+        stick = Path("/var", term.group)
+        stick.mkdir()
+        term.configure(storage_dir=stick / "storage", owner=owner.pw_name)
+        mount = functools.partial(mounted_stick, stick, tmp_path / "image", owner.pw_uid)
+        stored = stick / "storage" / student
+        with mount():
+            done = term.run("retrieve")
+            assert done.returncode == 0
+            (told,) = (x for x in done.stderr.splitlines() if "cannot hold" in x)
+            assert f"{student}: " in told and told.endswith(" ...")
+            before = contents(stored)
+            texts = [*map(ascii, [*HELD, *OTHERS])]
+            assert sorted(before.values()) == sorted(texts)
+            assert {name: before.get(name) for name in HELD if name[0] not in "Ad"} == {
+                name: ascii(name) for name in HELD if name[0] not in "Ad"
+            }
+            assert not before.keys() & {*OTHERS[2:]}
+
+        for _ in range(2):  # taken out and put back, as well
+            with mount():
+                output = term.run("retrieve").stdout
+                assert line_of(output, student).startswith(
+                    f"0 new, 0 updated, {len(texts)} unchanged"
+                )
+                assert contents(stored) == before
+
+        (renamed,) = (name for name in before if name.startswith("what_"))
+        shell(student, f"rm A.txt; echo changed >'{OTHERS[2]}'")
+        with mount():
+            assert "0 new, 1 updated" in line_of(term.run("retrieve").stdout, student)
+            kept = {renamed: "changed\n", f"{renamed}.~1~": before[renamed]}
+            assert contents(stored) == before | kept
+        stick.rmdir()
+
+
+def test_an_ordinary_storage_keeps_every_name(term: Course) -> None:
+    student = term.students[0]
+    home = term.home(student) / "course"
+    for name in [*HELD, *OTHERS, "end. ", "AUX.TXT", "CON", "end"]:
+        (home / name).parent.mkdir(exist_ok=True)
+        (home / name).write_text(ascii(name))
+    subprocess.run(["chown", "-R", student, home], check=True)
+    for _ in range(2):
+        done = term.run("retrieve")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert contents(term.storage / student) == contents(home)
+    assert "unchanged" in line_of(done.stdout, student)
 
 
 # ---------------------------------------------------------------------------------------
