@@ -2730,9 +2730,13 @@ def ensure_home(account: pwd.struct_passwd, config: Config) -> None:
         run_program(["cp", *options, f"{skeleton}/.", str(unfinished)])
     owner = f"{account.pw_uid}:{account.pw_gid}"
     run_program(["chown", *options, owner, str(unfinished)])
-    if is_ours(account):
-        unpack_home(account, config, unfinished)
-    unfinished.rename(home)
+    try:
+        if is_ours(account):
+            unpack_home(account, config, unfinished)
+        unfinished.rename(home)
+    except BaseException:
+        run_deletion("rm", "-rf", "--", str(unfinished))
+        raise
 
 
 def unpack_home(account: pwd.struct_passwd, config: Config, home: Path) -> None:

@@ -155,6 +155,7 @@ def test_an_archive_that_cannot_be_unpacked_makes_no_home(packed: Course) -> Non
     assert done.returncode == 1
     assert f"{username}: {archive} could not be unpacked" in done.stderr
     assert not packed.home(username).exists() and (packed.home(other) / "project").is_dir()
+    assert not [name for name in os.listdir("/home") if name.startswith(".")]
     archive.write_bytes(data)
     packed.check("setup")
     assert (packed.home(username) / "course/notes").read_text() == "in\n"
