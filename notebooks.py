@@ -1184,13 +1184,67 @@ def contradictions(config: Config) -> Iterator[str]:
 # == The list of students ==================================================================
 #
 # `CsvDocument` is a CSV file of raw cells and knows nothing of students. `Roster` is what a
-# document says of students, with the lock of its file, and changes to it.
+# document says of students, with the lock of its file, and changes to it. A list is taken
+# as other programs export it, under their names for our columns and in their encodings.
 
 COLUMNS = ("username", "name", "surname", "email", "sys-pass", "nb-pass", "port")
 MAX_PASSWORD_LENGTH = 200  # what chpasswd(8) surely takes
 # Letters and digits that cannot be taken for one another on paper.
 PASSWORD_ALPHABET = "".join(set(string.ascii_letters + string.digits) - set("0O1lI"))
 PASSWORD_GROUP = 4  # letters and digits that are read aloud together
+
+# What our columns are called elsewhere, without blanks. A `whole` name stands for that part
+# of it which has no column: French `nom` is the family name, Catalan the first.
+ALIASES = {
+    "username": r"user(name)?|(sis)?login(id|name)?|account(name)?|anmeldename|identifiant"
+    r"|benutzer(name)?|kennung|nomd.utilisateur|(nombrede)?usuario|nomeutente"
+    r"|gebruikersnaam|логин|имяпользователя|ユーザー?名",
+    "name": r"(first|given|fore)names?|vornamen?|rufname|pr[ée]nom|nombres?|nome|voornaam"
+    r"|förnamn|fornavn|etunimi|imię|jméno|meno|utónév|ime|prenume|adı?|имя|ім.я|име|όνομα|名",
+    "surname": r"(sur|last|family)names?|(nach|familien|zu)name|apellidos?|cogno(me|ms)"
+    r"|sobrenome|apelido|achternaam|efternamn|e[tf]ternavn|sukunimi|nazwisko|příjmení"
+    r"|priezvisko|vezetéknév|prezime|nume|soyadı?|фамилия|прізвище|επώνυμο|姓",
+    "whole": r"name|student|(full|display)name|nom(brecompleto|complet)?|фио|氏名|姓名",
+    "email": r"(student)?e?mail(add?ress?e?)?|(adressed?e?)?(mail|courriel)|epost(adress)?"
+    r"|(direcciónde)?correo(electrónico)?|indirizzoemail|endereçodeemail|adresemail"
+    r"|(адрес)?(электронн(ая|ой))?почт[аы]|メールアドレス",
+    "sys-pass": "syspass",
+    "nb-pass": "nbpass",
+    "(password)": r"pass|passwor[dt]|kennwort|motdepasse|contraseña|senha|wachtwoord"
+    r"|lösenord|passord|adgangskode|hasło|heslo|jelszó|lozinka|parola|пароль|パスワード|密码",
+}
+# Rows of the books of marks of Canvas and Google Classroom.
+NO_STUDENTS = {"", "points possible", "class average", "date", "points"}
+
+# What words are made of in languages, with the code page that spreadsheets there write; the
+# first of those that fit best is taken. One byte is è here and č there: its place tells.
+WESTERN = r"([a-zàáâäçéêëíîïòóôößúü]|\Bè(?![aeiou])|æ\B|ñ(?=[aeioáéó])|[ãõ](?=[eo])|[ìù]$)+"
+ALPHABETS = (
+    ("cp1252", WESTERN),
+    ("cp1254", "[a-zçğıi\u0307öşüâîû]+"),
+    ("cp1252", r"([a-zåäöéüáíóúýþø]|\Bð|æ\B)+"),
+    ("cp1250", "[a-ząćęłńóśźżüöä]+"),
+    ("cp1250", "[a-záäčďéěíľňóôŕřšťúůýžöü]+"),
+    ("cp1257", "[a-zäõöüšž]+"),
+    ("cp1250", "[a-záéíóöőúüű]+"),
+    ("cp1250", "[a-zčćđšžöü]+"),
+    ("cp1250", "[a-zăâîşţáéóöőü]+"),
+    ("cp1257", "[a-ząčęėįšųūžāēģīķļņ]+"),
+    ("cp932", "[ぁ-ヿ一-鿿々〆]+"),
+    ("cp1251", "[а-яѐ-џґ]+"),
+    ("cp1253", "[ά-ώΐΰ]+"),
+    ("mac_roman", "[a-zàáâäçèéêëîïíñòóôößúü]+"),
+)
+OTHERS = "cp949 gb18030 big5 cp1255 cp1256 cp874 koi8_r cp1252"  # for charset-normalizer
+WORD = re.compile(r"[^\0-@\[-`{-\x7f\xa0«»°§‘’“”„–—…\u3000]+")
+MIN_SHARE = 0.75  # of words in one language
+
+# Letters in user names; what is not here loses its accent.
+LETTERS = "äöüßæøœłđðþıабвгдежзиклмнопрстуфхцчшщыэюяіїєґђјљњћџ"
+PLAIN_LETTERS = (
+    "ae oe ue ss ae o oe l d d th i a b v g d e zh z i k l m n o p r s t u f kh ts ch sh"
+    " shch y e yu ya i yi ye g dj j lj nj c dz"
+)
 
 
 @dataclasses.dataclass
@@ -1212,14 +1266,18 @@ class CsvDocument:
 
     def __init__(self, data: bytes) -> None:
         """Raises: ValueError for what cannot be read as CSV at all."""
-        if data.startswith(b"PK\3\4"):
+        if data.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
             raise ValueError("is a workbook; save it as CSV, and name that")
         self.bom, self.encoding, text = decode_text(data)
+        # Excel names the separator in a line above the header.
+        excel = re.match(r'"?sep=([,;|\t])"?(\r\n|\n|\r)', text)
+        self.preamble = excel[0] if excel else ""
+        text = text.removeprefix(self.preamble)
         if not text.strip() or "\0" in text:
             raise ValueError("needs a header line that names `username`")
 
-        self.delimiter = max(",;\t", key=text.splitlines()[0].count)
-        self.records = list(split_records(text, self.delimiter))
+        self.delimiter = excel[1] if excel else max(",;\t", key=text.splitlines()[0].count)
+        self.records = list(split_records(text, self.delimiter, 2 if excel else 1))
         self.header = [unquote(cell).lower() for cell in self.records[0].cells]
         self.rows = [each for each in self.records[1:] if any(map(unquote, each.cells))]
 
@@ -1245,16 +1303,16 @@ class CsvDocument:
         text = "".join(
             self.delimiter.join(record.cells) + record.end for record in self.records
         )
-        return self.bom + text.encode(self.encoding)
+        return self.bom + (self.preamble + text).encode(self.encoding)
 
 
 def decode_text(data: bytes) -> tuple[bytes, str, str]:
-    """Return byte-order mark, encoding (Excel's if not UTF-8) and text, or ValueError."""
+    """Return byte-order mark, encoding (else guessed) and text, or ValueError."""
     for bom, encoding in (
         (codecs.BOM_UTF8, "utf-8"),
         (codecs.BOM_UTF16_LE, "utf-16-le"),
         (codecs.BOM_UTF16_BE, "utf-16-be"),
-        *((b"", encoding) for encoding in ("utf-8", "cp1252", "latin-1")),
+        *((b"", encoding) for encoding in (guess_encoding(data), "cp1252", "latin-1")),
     ):
         if data.startswith(bom):
             try:
@@ -1265,6 +1323,38 @@ def decode_text(data: bytes) -> tuple[bytes, str, str]:
                     raise ValueError(f"is no {name} text; save it again") from None
 
     raise AssertionError("latin-1 decodes anything")
+
+
+def guess_encoding(data: bytes) -> str:
+    """Return the encoding in which a text without a mark has the likeliest words."""
+    if data.count(0) > len(data) / 20:  # half of each ASCII character in UTF-16
+        return f"utf-16-{'le' if data[1::2].count(0) > data[::2].count(0) else 'be'}"
+    with contextlib.suppress(UnicodeDecodeError):
+        data.decode()
+        return "utf-8"
+
+    lines = [line for line in data.splitlines() if not line.isascii()]
+    sample = b"\n".join(lines[:1000])
+    shares = [share_of_words(sample, *each) for each in ALPHABETS]
+    if max(shares) > MIN_SHARE:
+        return ALPHABETS[shares.index(max(shares))][0]
+
+    # It cannot tell French from Czech in short lists: hence the alphabets.
+    from charset_normalizer import from_bytes
+
+    match = from_bytes(sample, cp_isolation=OTHERS.split(), enable_fallback=False).best()
+    return match.encoding if match else "cp1252"
+
+
+def share_of_words(data: bytes, encoding: str, alphabet: str) -> float:
+    """Return how much of the words that are not ASCII is of these letters."""
+    with contextlib.suppress(UnicodeDecodeError):
+        words = [x for x in WORD.findall(data.decode(encoding)) if not x.isascii()]
+        words = [x for x in words if any(map(str.isalpha, x))]
+        usual = [x for x in words if x in (x.lower(), x.title(), x.upper())]
+        fitting = [x for x in usual if re.fullmatch(alphabet, x.lower())]
+        return len("".join(fitting)) / len("".join(words)) if words else 1
+    return 0
 
 
 def unquote(cell: str) -> str:
@@ -1281,11 +1371,11 @@ def quote(value: str, delimiter: str, always: bool) -> str:
     return value
 
 
-def split_records(text: str, delimiter: str) -> Iterator[Record]:
+def split_records(text: str, delimiter: str, line: int) -> Iterator[Record]:
     """Cut CSV text into records of raw cells; raises ValueError for a stray quote."""
     cell = rf'("(?:[^"]|"")*"|[^"{delimiter}\r\n][^{delimiter}\r\n]*|)'
-    pattern = re.compile(rf"{cell}({delimiter}|\r\n|\n|\r|\Z)")
-    position, line, record = 0, 1, Record(1, [], "")
+    pattern = re.compile(rf"{cell}([{delimiter}]|\r\n|\n|\r|\Z)")
+    position, record = 0, Record(line, [], "")
 
     # After a last delimiter there is one more cell, which is empty.
     while position < len(text) or record.cells:
@@ -1304,6 +1394,46 @@ def split_records(text: str, delimiter: str) -> Iterator[Record]:
             record = Record(line, [], "")
 
 
+def find_column(title: str, ours: Collection[str]) -> str:
+    """Return which of our columns one is, after what other programs call it.
+
+    A second one, beside one that is exactly ours, is none.
+    """
+    if title in ours:
+        return title
+    plain = unicodedata.normalize("NFKC", title).lower()
+    plain = re.sub(r"\[.*?\]|\(s\)|[\s_:.-]", "", plain)  # `Last Name [Required]`
+    found = (each for each in ALIASES if re.fullmatch(ALIASES[each], plain))
+    column = next(found, title)
+    return f"({title})" if column in ours and title not in COLUMNS else column
+
+
+def read_header(titles: Sequence[str]) -> list[str]:
+    """Return which of our columns each one is, or its title."""
+    ours = {*titles} & {*COLUMNS}
+    if "name" in ours:
+        ours.add("whole")  # nothing else is
+    if "surname" not in ours:
+        ours.discard("name")  # it may be the whole one
+    header = [find_column(title, ours) for title in titles]
+    missing = [each for each in ("name", "surname") if each not in header]
+    return [[*missing, "(whole)"][0] if each == "whole" else each for each in header]
+
+
+def make_username(*texts: str) -> str:
+    """Return a user name of the letters of an e-mail address, or else of a name."""
+    letters = str.maketrans(dict(zip(LETTERS, PLAIN_LETTERS.split(), strict=True)))
+    for text in texts:
+        plain = text.partition("@")[0].partition("+")[0]
+        for form in ("NFC", "NFKD"):
+            plain = unicodedata.normalize(form, plain).lower().translate(letters)
+        plain = plain.encode("ascii", "ignore").decode().replace("'", "")
+        name = re.sub("[^a-z0-9_-]+", ".", plain).strip(".-_")
+        if name:
+            return f"{'s' if name[0].isdigit() else ''}{name}"[:32].rstrip(".-_")
+    return "student"
+
+
 @dataclasses.dataclass(frozen=True)
 class Student:
     """A row of the list; `line` is where the row begins in the file."""
@@ -1315,21 +1445,29 @@ class Student:
     sys_pass: str
     nb_pass: str
     port: str
+    email: str = ""
 
     @property
     def full_name(self) -> str:
         return f"{self.name} {self.surname}".strip()
 
+    @property
+    def wish(self) -> str:
+        """The user name that suits a student who has none."""
+        last, _, first = self.full_name.partition(",")
+        return make_username(self.email, f"{first} {last}")
+
 
 def student_problems(student: Student) -> Iterator[str]:
     """Yield what is wrong with one row."""
     username = student.username
-    if not username:
-        yield "the username is missing"
-    elif not USERNAME.fullmatch(username):
+    if not any((username, student.email, student.full_name)):
+        yield "the username is missing, and e-mail address and name, to make it of"
+    elif username and not USERNAME.fullmatch(username):
         yield (
             f"{username!r} cannot be a username: use at most 32 lower-case letters,"
-            " digits, - _ and . that begin with a letter or _"
+            " digits, - _ and . that begin with a letter or _;"
+            f" {make_username(username)!r} could be"
         )
     elif not is_ordinary(username):
         yield f"{username!r} is a system account and cannot be a student"
@@ -1352,6 +1490,7 @@ class Roster:
         self.path = Path(os.path.realpath(path))
         self.lock_fd = -1
         self.changes: dict[str, dict[str, str]] = {}
+        self.made: dict[Student, str] = {}  # user names, of what rows were without
         self.load()
 
     def load(self) -> None:
@@ -1364,21 +1503,46 @@ class Roster:
             ) from None
         except ValueError as error:
             raise UsageError(f"{self.path}: {error}") from None
-        self.rows = {self.student_of(row).username: row for row in self.document.rows}
+        self.read_columns()
+        self.rows: dict[str, Record] = {}
+        for row in self.document.rows:
+            self.name_row(row, self.made.get(self.student_of(row), ""))
+
+    def read_columns(self) -> None:
+        """Find our columns, and leave out rows that are no students."""
+        document = self.document
+        self.titles = document.header
+        document.header = read_header(self.titles)
+
+        # Others' user names of which none can be one, such as e-mail addresses, are what
+        # ours are made of.
+        logins = [document.values(row).get("username", "") for row in document.rows]
+        is_source = any(logins) and not any(map(USERNAME.fullmatch, logins))
+        if is_source and "username" not in self.titles:
+            now = {"username": "email", "email": "(email)"}
+            document.header = [now.get(each, each) for each in document.header]
+
+        who = [{x.username, x.email, x.full_name.lower()} for x in self.students]
+        rows = zip(document.rows, who, strict=True)
+        document.rows = [row for row, each in rows if each == {""} or each - NO_STUDENTS]
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong, with line numbers."""
-        header = self.document.header
-        if "username" not in header:
-            found = ", ".join(f"`{printable(name)}`" for name in header)
+        titles = self.titles
+        header = self.document.header[: len(titles)]
+        where = f"{self.path}: line {self.document.records[0].line}"
+        if not {*header} & {"username", "email", "name", "surname"}:
+            found = ", ".join(f"`{printable(name)}`" for name in titles)
             yield (
-                f"{self.path}: line 1: must name the columns, such as username,name,surname"
+                f"{where}: must name the columns, such as username,name,surname"
                 f", with commas, semicolons or tabs between; found {found}, no `username`"
             )
             return
         for name in COLUMNS:
             if header.count(name) > 1:
-                yield f"{self.path}: line 1: the header has more than one column `{name}`"
+                last = titles[::-1][header[::-1].index(name)]
+                both = printable(f"`{titles[header.index(name)]}`, `{last}`")
+                yield f"{where}: the header has more than one column `{name}`: {both}"
 
         first_lines: dict[str, int] = {}
         for row, student in zip(self.document.rows, self.students, strict=True):
@@ -1390,7 +1554,7 @@ class Roster:
                 )
             for problem in student_problems(student):
                 yield f"{where}: {problem}"
-            first = first_lines.setdefault(student.username, row.line)
+            first = first_lines.setdefault(student.username or str(row.line), row.line)
             if first != row.line:
                 yield f"{where}: the name {student.username!r} is on line {first} too"
 
@@ -1400,7 +1564,7 @@ class Roster:
 
     def student_of(self, row: Record) -> Student:
         values = self.document.values(row)
-        columns = [name for name in COLUMNS if name != "email"]
+        columns = [*(name for name in COLUMNS if name != "email"), "email"]
         return Student(row.line, *(values.get(name, "") for name in columns))
 
     def __contains__(self, username: str) -> bool:
@@ -1414,6 +1578,43 @@ class Roster:
             for key, value in values.items():
                 self.document.set_value(row, key.replace("_", "-"), value)
 
+    def name_row(self, row: Record, username: str) -> None:
+        """Give a row this user name, unless it has one."""
+        student = self.student_of(row)
+        if username and not student.username:
+            self.made[student] = username
+            self.document.set_value(row, "username", username)
+        self.rows[student.username or username] = row
+
+    def notes(self) -> Iterator[str]:
+        """Yield what the teacher has to know of how the list was understood."""
+        document, students = self.document, self.students
+        if not document.bom and document.encoding != "utf-8":
+            names = (x.full_name for x in students if not x.full_name.isascii())
+            yield (
+                f"was read as {document.encoding}, as in {next(names, 'its header')!r}; if"
+                " that is wrong, save it as `CSV UTF-8`"
+            )
+        for title, column in zip(self.titles, document.header, strict=False):
+            if column == "(password)" and not all(x.nb_pass for x in students):
+                yield (
+                    f"the column `{printable(title)}` is not used; if these are to be the"
+                    " passwords of the notebooks, call it `nb-pass`, and no other column"
+                )
+
+    def warn_of_editors(self) -> None:
+        """Tell who has the list open: what a spreadsheet saves lacks what we wrote."""
+        for name in (f".~lock.{self.path.name}#", f"~${self.path.name}"):
+            path = self.path.with_name(name)
+            with contextlib.suppress(OSError), closing(os.open(path, FILE_FLAGS)) as fd:
+                fields = os.pread(fd, 500, 0).decode(errors="replace").split(",")
+                who = printable(" on ".join(fields[1:3])) or "who has it does not say"
+                log.warning(
+                    "%s is open in a spreadsheet (%s): close it there without saving, or"
+                    " passwords may be lost; if nobody has it open, delete %s",
+                    *(self.path, who, path),
+                )
+
     def forget(self, username: str) -> None:
         """Clear what only counts as long as there is an account, and save that."""
         self.update(username, sys_pass="", nb_pass="", port="")
@@ -1421,6 +1622,7 @@ class Roster:
 
     def check_writable(self) -> None:
         """Raises: UsageError if the list could not be written when it has to be."""
+        self.warn_of_editors()
         try:
             with tempfile.NamedTemporaryFile(dir=self.path.parent):
                 pass
@@ -1498,12 +1700,12 @@ def load_course(path: Path, options: Options = Options()) -> Course:
     problems += roster.problems()
     if config.group and config.group in roster:
         problems.append(f"{path}: [Setup] group = {config.group}: is a student's name")
-    names = [student.username for student in roster.students]
+    names = [name for name in roster.rows if name]
     for name in sorted((options.only or frozenset()).difference(names)):
         problems.append(f"--only {name}: is not in {roster.path}; {nearest(name, names)}")
     if problems:
         raise UsageError("\n".join(problems))
-    if not names:
+    if not roster.rows:
         raise UsageError(f"{roster.path}: there is no student in it")
     return Course(config, roster, options)
 
@@ -1615,6 +1817,9 @@ def warn_of_strays(course: Course) -> None:
     """Name members of the group who have an account of the course, but no row."""
     if course.options.only is not None:  # the teacher does not think of all now
         return
+    for student in course.students:
+        if not student.username:
+            log.warning("line %d has no username yet: setup makes one", student.line)
     for name in sorted(group_members(course.config.group)):
         if name not in course.roster and is_owned(find_account(name), course.config):
             log.warning(
@@ -1622,6 +1827,17 @@ def warn_of_strays(course: Course) -> None:
                 " put the row back",
                 *(name, course.roster.path),
             )
+
+
+def is_account_of(student: Student, username: str, config: Config) -> bool:
+    """Say whether an earlier setup of this course has made it for somebody of that name."""
+    account = find_account(username)
+    return (
+        account is not None
+        and is_owned(account, config)
+        and is_in_group(username, config)
+        and account.pw_gecos.split(",")[0] == gecos_name(student)
+    )
 
 
 def ensure_account(student: Student, config: Config) -> str:
@@ -1686,19 +1902,21 @@ def set_mark(account: pwd.struct_passwd, courses: Iterable[Path]) -> None:
     run_program(["usermod", "--comment", comment, "--", account.pw_name])
 
 
+def gecos_name(student: Student) -> str:
+    return re.sub(r'[,:=\\"]', " ", printable(student.full_name))
+
+
 def add_account(student: Student, config: Config) -> None:
     """Make an account that bears our mark, without a home; raises Error.
 
     Source: useradd(8) for the base directory, and login.defs(5) for the private group.
     """
     defaults = useradd_defaults()
-    home = Path(defaults["HOME"], student.username)
-    check_home_place(home.parent)
+    home = Path(home_base(), student.username)
     options = ["--groups", config.group] if is_local_group(config.group) else []
     options += [*uid_options(home), *gid_options(student.username)]
     # Debian's /bin/sh has no history and no completion; another choice is the host's.
     shell = defaults["SHELL"] if defaults["SHELL"] not in ("", "/bin/sh") else "/bin/bash"
-    name = re.sub(r'[,:=\\"]', " ", printable(student.full_name))
 
     try:
         run_program(
@@ -1706,7 +1924,7 @@ def add_account(student: Student, config: Config) -> None:
             # No subordinate ids (subuid(5)): what runs under them is hard to find.
             + ["--key", "SUB_UID_COUNT=0", "--key", "SUB_GID_COUNT=0"]
             + ["--shell", shell]
-            + ["--comment", f"{name},,,,{make_mark([config.path])}"]
+            + ["--comment", f"{gecos_name(student)},,,,{make_mark([config.path])}"]
             + ["--", student.username]
         )
     except Error:
@@ -1753,8 +1971,9 @@ def gid_options(username: str) -> list[str]:
     return ["--gid", str(gid)]
 
 
-def check_home_place(directory: Path) -> None:
-    """Make sure that root can make homes in a directory; raises Error."""
+def home_base() -> Path:
+    """Return where homes are made, and make sure that root can; raises Error."""
+    directory = Path(useradd_defaults()["HOME"])
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = tempfile.mkdtemp(prefix=".", dir=directory)
@@ -1768,6 +1987,7 @@ def check_home_place(directory: Path) -> None:
             " root_squash make the account and its home on the file server: setup adopts"
             " accounts that exist"
         ) from None
+    return directory
 
 
 def remove_empty_group(group: str) -> bool:
@@ -1972,7 +2192,8 @@ class Outcome:
         present = {member.username for member in members}
         for student in students:
             if student.username not in present:
-                self.failed(student.username, "has no account; run setup first")
+                label = student.username or f"line {student.line}"
+                self.failed(label, "has no account; run setup first")
         return members
 
     def report(self) -> None:
@@ -4178,7 +4399,7 @@ def landing_page(
     """Return the page that lists students: user name, name, port."""
     rows = "".join(
         f'<li><a href="/{username}"><span>{html.escape(name or username)}</span>'
-        f"<code>{username}</code></a></li>\n"
+        f"{f'<code>{username}</code>' if name else ''}</a></li>\n"
         for username, name, _ in students
     )
     return make_page(title, FORM + (f"<ul>\n{rows}</ul>" if rows else ""), message)
@@ -5013,13 +5234,16 @@ def command_setup(course: Course) -> int:
     config, roster = course.config, course.roster
     roster.check_writable()
     check_group(config)
-    warn_of_strays(course)
+    for note in roster.notes():
+        log.warning("%s: %s", roster.path, note)
     if config.profile and not config.profile_dir.is_dir():
         log.warning("there is no %s to copy", config.profile_dir)
 
     outcome = Outcome()
     counts = {"new": 0, "adopted": 0, "kept": 0}
     with roster.locked():
+        make_usernames(course)
+        warn_of_strays(course)
         renewed = prepare_passwords(config, roster, course.students)
         if config.group:
             run_program(["groupadd", "--force", "--", config.group])
@@ -5054,6 +5278,41 @@ def make_password(length: int) -> str:
         letters = "".join(secrets.choice(PASSWORD_ALPHABET) for _ in range(length))
     groups = range(0, length, PASSWORD_GROUP)
     return "-".join(letters[i : i + PASSWORD_GROUP] for i in groups)
+
+
+def free_username(wish: str, taken: Collection[str]) -> str:
+    """Return a name that nobody has in the list or on this host."""
+    others = (f"{wish[:28]}-{number}" for number in itertools.count(2))
+    names = (x for x in itertools.chain([wish], others) if x not in taken)
+    return next(x for x in names if not find_account(x))
+
+
+def make_usernames(course: Course) -> None:
+    """Write a user name into each row that has none, and say which."""
+    roster = course.roster
+    if course.options.only is not None:
+        return
+    wishes = collections.Counter(student.wish for student in roster.students)
+    # A private group has the name of the account, and a home that is left over an owner.
+    groups = (each.gr_name for each in grp.getgrall())
+    taken = {*roster.rows, course.config.group, *groups, *os.listdir(home_base())}
+
+    made = []
+    for row, student in zip(roster.document.rows, roster.students, strict=True):
+        if student.username:
+            continue
+        username = student.wish
+        # A list that was exported anew lacks the names of accounts that are there already.
+        if wishes[username] > 1 or not is_account_of(student, username, course.config):
+            username = free_username(username, taken)
+        taken.add(username)
+        roster.name_row(row, username)
+        name = printable(student.full_name or student.email)
+        made.append(f"line {student.line}: made the user name {username} for {name}")
+
+    roster.save()
+    for text in made:
+        say(text)
 
 
 def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student]) -> int:
@@ -5279,6 +5538,7 @@ def command_launch(course: Course) -> int:
         log.setLevel(min(log.level, logging.INFO))  # a line per event
     check_reachable()
     config, roster = course.config, course.roster
+    roster.warn_of_editors()
     if not any(member.student.nb_pass for member in find_members(course.students)):
         raise UsageError(f"{roster.path}: nobody has an account and a password; run setup")
     if keyctl_number() is None:

@@ -6,11 +6,13 @@ import fcntl
 import io
 import itertools
 import os
+import pwd
 import random
 import re
 import stat
 import string
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -251,6 +253,353 @@ def test_an_update_of_any_list_changes_nothing_but_the_asked_cells(
 
 
 # ---------------------------------------------------------------------------------------
+# What other programs export
+# ---------------------------------------------------------------------------------------
+
+ADA = ("ada", "Ada Lovelace")
+EXPORTS = {
+    "Moodle": (
+        "username,firstname,lastname,email,password\nada,Ada,Lovelace,a@b.c,x\n",
+        ADA,
+    ),
+    "Moodle, German": (
+        "Vorname;Nachname;ID-Nummer;E-Mail-Adresse\nAda;Lovelace;1;ada@x.org\n",
+        ("", "Ada Lovelace"),
+    ),
+    "Moodle, French": (
+        "Prénom,Nom,Adresse de courriel,username\nAda,Lovelace,a@b.c,ada\n",
+        ADA,
+    ),
+    "Moodle, Spanish": ("Nombre,Apellido(s),Username\nAda,Lovelace,ada\n", ADA),
+    "Moodle, Russian": (
+        "Имя,Фамилия,Адрес электронной почты\nАда,Лавлейс,a@b.c\n",
+        ("", "Ада Лавлейс"),
+    ),
+    "Canvas": (
+        "Student,ID,SIS User ID,SIS Login ID,Section\n    Points Possible,,,,\n"
+        '"Lovelace, Ada",7,1,ada,A\n',
+        ("ada", "Lovelace, Ada"),
+    ),
+    "Canvas, users": (
+        "user_id,login_id,password,first_name,last_name,full_name,sortable_name,email\n"
+        "1,ada,,Ada,Lovelace,Ada Lovelace,x,a@b.c\n",
+        ADA,
+    ),
+    "ILIAS": ("Anmeldename;Nachname;Vorname;E-Mail\nada;Lovelace;Ada;a@b.c\n", ADA),
+    "Google Classroom": (
+        "Last Name,First Name,Email Address,Task 1\nDate,,,2026\nPoints,,,9\n"
+        "Lovelace,Ada,ada@x.org,7\n",
+        ("", "Ada Lovelace"),
+    ),
+    "Google Workspace": (
+        "First Name [Required],Last Name [Required],Email Address [Required],"
+        "Password [Required]\nAda,Lovelace,ada@x.org,****\n",
+        ("", "Ada Lovelace"),
+    ),
+    "Excel, German": (
+        'sep=;\r\n"Name";Vorname;User-Name\r\nLovelace;Ada;ada\r\n',
+        ADA,
+    ),
+    "Excel, Catalan": ("Nom;Cognoms;login\nAda;Lovelace;ada\n", ADA),
+    "Excel, Polish": ("Imię;Nazwisko;Login\nAda;Lovelace;ada\n", ADA),
+    "Excel, Japanese": ("姓,名,ユーザー名\nLovelace,Ada,ada\n", ADA),
+    "whole names": ("username;Nom complet\nada;Ada Lovelace\n", ADA),
+    "our own beside others": (
+        "username,login,name,firstname,surname,lastname\nada,x,Ada,y,Lovelace,z\n",
+        ADA,
+    ),
+    "logins that are e-mail addresses": (
+        "SIS Login ID,Email,first name,surname\nada@x.org,other@x.org,Ada,Lovelace\n",
+        ("", "Ada Lovelace"),
+    ),
+}
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_an_export_is_understood_and_stays_as_it_was(tmp_path: Path, export: str) -> None:
+    text, expected = EXPORTS[export]
+    students = read(tmp_path, text)
+    (student,) = students.students
+    assert (student.username, student.full_name) == expected
+    assert student.username or student.wish in ("ada", "a")
+    assert save(students) == text.encode()
+
+
+def test_a_password_is_written_where_another_program_has_the_user_name(
+    tmp_path: Path,
+) -> None:
+    text = "sep=;\r\nLogin;NB Pass;Vorname\r\nada;;Ada\r\n"
+    students = read(tmp_path, text)
+    students.update("ada", nb_pass="abc")
+    assert save(students).decode() == text.replace("ada;;", "ada;abc;")
+
+
+def test_two_columns_of_one_meaning_are_both_named(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, "Anmeldename;Login;name\nada;bo;Ada\n")
+    assert problem.endswith("more than one column `username`: `anmeldename`, `login`")
+
+
+def test_problems_below_excels_own_line_have_the_right_numbers(tmp_path: Path) -> None:
+    first, second = problems_of(tmp_path, "sep=;\nusername\nroot\ndaemon\n")
+    assert first.startswith("line 3: ") and second.startswith("line 4: ")
+
+
+# ---------------------------------------------------------------------------------------
+# Encodings
+# ---------------------------------------------------------------------------------------
+
+NAMES = {
+    "cp1252": [
+        "Jürgen Weiß, Änne Löwe, Özgür Groß",
+        "Jérôme Lefèvre, Zoë Côté, François Bréville",
+        "Íñigo Núñez, Begoña Peña, Ángel Ibáñez",
+        "João Simões, Conceição Guimarães, Inês Assunção",
+        "Åsa Sjöström, Søren Kjær, Frøydis Ødegård",
+        "Niccolò Nardò, Noè Cantù, Mario Forlì",
+    ],
+    "cp1250": [
+        "Łukasz Wójcik, Małgorzata Dąbrowska, Grażyna Świątek",
+        "Jiří Dvořák, Tomáš Růžička, Kateřina Němcová",
+        "László Kőszegi, Erzsébet Fűzesi, György Szabó",
+        "Željko Jurić, Ivana Kovačić, Anđela Šarić",
+    ],
+    "cp1251": [
+        "Иван Щукин, Юлия Царёва, Пётр Жуков",
+        "Їжакевич Євген, Наталія Ґалаґан, Ігор Бойко",
+    ],
+    "cp932": [
+        "山田 太郎, 鈴木 花子, 高橋 さくら",
+        "サトウ ケン, タカハシ サクラ, モリ アンナ",
+    ],
+    "cp1253": ["Γιώργος Παπαδόπουλος, Ελένη Δημητρίου, Κώστας Ψαρός"],
+    "cp1254": ["Ayşe Yılmaz, Çağlar Şahin, İbrahim Doğan"],
+    "cp949": ["김 민수, 이 영희, 박 철수"],
+    "mac_roman": ["Jürgen Weiß, Änne Löwe, Jérôme Lefèvre"],
+    "utf-16-le": ["Jürgen Weiß, Иван Щукин, 山田 太郎"],
+    "utf-16-be": ["Jürgen Weiß, Иван Щукин, 山田 太郎"],
+}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "names"), [(each, x) for each, all in NAMES.items() for x in all]
+)
+@pytest.mark.parametrize("times", [1, 10])
+def test_the_encoding_of_a_short_list_is_guessed_and_kept(
+    tmp_path: Path, encoding: str, names: str, times: int
+) -> None:
+    rows = names.split(", ") * times
+    text = "username;name\r\n" + "".join(f"s{i};{x}\r\n" for i, x in enumerate(rows))
+    students = read(tmp_path, text.encode(encoding))
+    assert [each.name for each in students.students] == rows
+    students.update("s1", nb_pass="abc")
+    assert save(students).decode(encoding).startswith("username;name;nb-pass\r\n")
+    (note,) = students.notes()
+    assert f"was read as {encoding}, as in {rows[0]!r}" in note and "UTF-8" in note
+
+
+def test_no_list_in_utf_8_is_guessed_at_and_nothing_is_imported_for_it(
+    tmp_path: Path,
+) -> None:
+    assert read(tmp_path, b"username;name\nada;5 \x80\n").students[0].name == "5 €"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        students = read(tmp_path, "username,name,nb-pass\nada,Łukasz,x\n".encode(encoding))
+        assert not [*students.notes()]
+
+    def import_for(encoding: str) -> bool:
+        read(tmp_path, f"username;name\nada;{NAMES[encoding][0]}\n".encode(encoding))
+        return "charset_normalizer" in sys.modules
+
+    assert "charset_normalizer" in sys.modules or not in_child(lambda: import_for("cp1251"))
+
+
+def test_a_large_list_is_read_and_a_hostile_cell_is_nothing_else(tmp_path: Path) -> None:
+    long = "a" * 5_000_000
+    text = f'username;name;own\nada;Jürgen\x1b[2J;{long}\nbo;"é\0;{long}\n'
+    with pytest.raises(notebooks.UsageError):
+        read(tmp_path, text.encode("cp1252"))
+    text = text.replace('"é\0', "é")
+    students = read(tmp_path, text.encode("cp1252"))
+    assert [x.name for x in students.students] == ["Jürgen\x1b[2J", "é"]
+    (note,) = students.notes()
+    assert "\x1b" not in note
+    many = "username;name\n" + "".join(f"s{i};Jörg {long[:90]}\n" for i in range(100_000))
+    assert len(read_anything(tmp_path, many.encode("cp1252")).students) == 100_000
+
+
+# ---------------------------------------------------------------------------------------
+# User names
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "username"),
+    [
+        ("Ada.Lovelace@uni.edu", "ada.lovelace"),
+        ("ada+course@uni.edu", "ada"),
+        ("12345@uni.edu", "s12345"),
+        ("Jürgen Weiß", "juergen.weiss"),
+        ("Søren  Łukasz-Æbelø", "soren.lukasz-aebelo"),
+        ("René O’Neil", "rene.oneil"),
+        ("René O'Neil", "rene.oneil"),
+        ("Пётр Щукин", "petr.shchukin"),
+        ("Їжакевич Юлія", "yizhakevich.yuliya"),
+        ("İbrahim Yılmaz", "ibrahim.yilmaz"),
+        ("Jos\N{LATIN SMALL LETTER E}\N{COMBINING ACUTE ACCENT}", "jose"),
+        ("山田太郎", "student"),
+        ("-._@x", "student"),
+        ("a" * 40, "a" * 32),
+        ("$(reboot)\n\0x", "reboot.x"),
+    ],
+)
+def test_a_user_name_is_made_of_plain_letters(text: str, username: str) -> None:
+    assert notebooks.make_username(text) == username
+    assert notebooks.USERNAME.fullmatch(username)
+
+
+@pytest.mark.parametrize(
+    ("given", "possible"),
+    [("Ada.Lovelace@uni.edu", "ada.lovelace"), ("12345", "s12345"), ("Ärzu", "aerzu")],
+)
+def test_what_cannot_be_a_user_name_is_refused_with_one_that_could(
+    tmp_path: Path, given: str, possible: str
+) -> None:
+    (problem,) = problems_of(tmp_path, f"username\nbo\n{given}\n")
+    assert problem.startswith(f"line 3: {given!r} cannot be a username")
+    assert problem.endswith(f"; {possible!r} could be")
+
+
+@pytest.fixture
+def stem(course: Course) -> str:
+    """What user names in this test may begin with; the test's accounts are deleted."""
+    name = course.students[0][:-1]
+    course.students = [f"{name}{x}" for x in ("a", "b", "c", "a-2", "a-3", ".y")]
+    return name
+
+
+@pytest.mark.root
+def test_setup_makes_the_user_names_that_are_missing_and_says_so(
+    course: Course, stem: str
+) -> None:
+    """Case 18: an export with e-mail addresses only; and one of another person."""
+    course.user_list.write_text(
+        f"Email Address,Name\n{stem}a@x.org,Zoë\n{stem.upper()}A@y.org,Bo\n"
+        f",{stem} Ÿ\n{stem}b@x.org,\n"
+    )
+    subprocess.run(["useradd", f"{stem}b"], check=True)  # somebody else
+    course.students.append(f"{stem}b-2")
+    said = course.check("setup")
+    names = [f"{stem}a", f"{stem}a-2", f"{stem}.y", f"{stem}b-2"]
+    assert [*course.rows()] == names
+    assert [line for line in said.splitlines() if line.startswith("line ")] == [
+        f"line 2: made the user name {stem}a for Zoë",
+        f"line 3: made the user name {stem}a-2 for Bo",
+        f"line 4: made the user name {stem}.y for {stem} Ÿ",
+        f"line 5: made the user name {stem}b-2 for {stem}b@x.org",
+    ]
+    assert "4 accounts made, 0 adopted" in said
+    assert f"{stem}b" not in notebooks.group_members(course.group)
+    before = course.user_list.read_bytes()
+    assert "4 kept" in course.check("setup")
+    assert course.user_list.read_bytes() == before
+
+
+@pytest.mark.root
+def test_a_list_that_is_exported_anew_finds_its_accounts_again(
+    course: Course, stem: str
+) -> None:
+    text = f"email,name\n{stem}a@x.org,Ada\n{stem}b@x.org,Bo\n"
+    course.user_list.write_text(text)
+    course.check("setup")
+    course.user_list.write_text(f"{text}{stem}c@x.org,Cy\n")
+    assert "1 account made, 0 adopted, 2 kept" in course.check("setup")
+    # Nobody of another name gets the account.
+    course.user_list.write_text(text.replace("Ada", "Eve"))
+    course.check("setup")
+    assert [*course.rows()] == [f"{stem}a-2", f"{stem}b"]
+
+
+@pytest.mark.root
+def test_rows_without_user_names_keep_no_command_from_the_others(
+    course: Course, stem: str
+) -> None:
+    rows = [{"username": f"{stem}a", "name": "Ada"}, {"username": "", "name": "Bo"}]
+    course.write_students(rows)
+    course.check("setup", "--only", f"{stem}a")
+    assert [*course.rows()] == [f"{stem}a", ""]
+    done = course.run("send")
+    assert done.returncode == 1
+    assert "line 3: has no account; run setup first" in done.stderr
+    assert (course.home(f"{stem}a") / "course").is_dir() and "1 student: " in done.stdout
+    course.check("send", "--only", f"{stem}a")
+    done = course.run("shutdown")
+    assert done.returncode == 0 and "line 3 has no username yet" in done.stderr
+    lock = course.directory / ".~lock.students.csv#"
+    lock.write_text(",eve,laptop,25.11.2026 18:00,file:///x;")
+    launch = course.launch().wait_ready()
+    assert "line 3: has no account; run setup first" in launch.output
+    assert "open in a spreadsheet (eve on laptop)" in launch.output
+    assert launch.stop() == 1
+
+
+@pytest.mark.root
+def test_names_and_passwords_survive_a_stale_save_during_setup(course: Course) -> None:
+    course.user_list.write_text("name\nAda\nAda\n")
+    stale = course.user_list.read_bytes()
+    students = notebooks.Roster(course.user_list)
+    with students.locked():
+        for row, username in zip(students.document.rows, ("ada", "ada-2"), strict=True):
+            students.name_row(row, username)
+        students.save()
+        course.user_list.write_bytes(stale)
+        students.update("ada-2", nb_pass="secret")
+        students.save()
+    assert [*course.rows()] == ["ada", "ada-2"]
+    assert course.rows()["ada-2"]["nb-pass"] == "secret"
+
+
+@pytest.mark.root
+def test_what_setup_has_assumed_is_told(course: Course, stem: str) -> None:
+    """Cases 14, 17 and 22: a spreadsheet's encoding, and passwords that are not used."""
+    text = f"sep=;\nИмя;Фамилия;Login;Пароль\nЮлия;Щукина;{stem}a;x\n"
+    course.user_list.write_bytes(text.encode("cp1251"))
+    done = course.run("setup")
+    assert done.returncode == 0
+    assert "was read as cp1251, as in 'Юлия Щукина'" in done.stderr
+    assert "the column `пароль` is not used" in done.stderr and "`nb-pass`" in done.stderr
+    assert pwd.getpwnam(f"{stem}a").pw_gecos.startswith("Юлия Щукина,")
+    now = course.user_list.read_bytes().decode("cp1251").splitlines()
+    assert now[0] == "sep=;" and now[2].startswith(f"Юлия;Щукина;{stem}a;x;")
+    assert "`пароль`" not in course.run("setup").stderr
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("name", "content", "who"),
+    [
+        (
+            ".~lock.students.csv#",
+            ",eve,laptop,25.11.2026 18:00,file:///x;",
+            "eve on laptop",
+        ),
+        (".~lock.students.csv#", "", ""),
+        ("~$students.csv", "\x03Eve  ", ""),
+    ],
+)
+def test_a_list_that_a_spreadsheet_has_open_is_told(
+    course: Course, name: str, content: str, who: str
+) -> None:
+    lock = course.directory / name
+    lock.write_text(content)
+    for command in (["setup"], ["remove", "--yes"]):
+        done = course.run(*command)
+        assert done.returncode == 0
+        assert f"is open in a spreadsheet ({who}" in done.stderr
+        assert f"delete {lock}" in done.stderr
+    lock.unlink()
+    assert "spreadsheet" not in course.run("setup").stderr
+
+
+# ---------------------------------------------------------------------------------------
 # What is refused
 # ---------------------------------------------------------------------------------------
 
@@ -261,7 +610,6 @@ def test_all_unusable_rows_are_reported_with_their_lines(tmp_path: Path) -> None
         "daemon": "system account",
         "nobody": "system account",
         "zoe": "on line 2",
-        "": "missing",
     } | dict.fromkeys(
         ["Doe", "../x", "7up", "-rf", "a/b", "a:b", "zoë", "$HOME", "a\u200b"]
         + ["a b", "a" * 33, "a" * 40],
@@ -277,7 +625,8 @@ def test_all_unusable_rows_are_reported_with_their_lines(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("user,name\nzoe,Zoë\n", 1, "found `user`, `name`, no `username`"),
+        ("who,what\nzoe,Zoë\n", 1, "found `who`, `what`, no `username`"),
+        ("username,note\nzoe,\n,x\n", 3, "the username is missing"),
         ("zoe\nbo\n", 1, "no `username`"),
         ("username|name\nzoe|Zoë\n", 1, "commas, semicolons or tabs"),
         ("username,port,port\nzoe,,\n", 1, "more than one column `port`"),
@@ -298,6 +647,8 @@ def test_a_problem_names_its_line(tmp_path: Path, text: str, line: int, words: s
     [
         (b"", "needs a header line"),
         (b" \r\n", "needs a header line"),
+        (b"sep=;\n", "needs a header line"),
+        (b"\xd0\xcf\x11\xe0\0\0\0\0", "is a workbook"),
         (b"PK\x03\x04\0\0username", "is a workbook; save it as CSV"),
         (b'username,name\nbo,"Bo\nzoe,Zo\n', "line 2: a quotation mark is not closed"),
         (b'username,name\nbo,"B"o\n', "line 2: a quotation mark"),
