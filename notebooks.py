@@ -5290,12 +5290,13 @@ def free_username(wish: str, taken: Collection[str]) -> str:
 def make_usernames(course: Course) -> None:
     """Write a user name into each row that has none, and say which."""
     roster = course.roster
-    if course.options.only is not None:
+    if course.options.only is not None or all(x.username for x in roster.students):
         return
     wishes = collections.Counter(student.wish for student in roster.students)
     # A private group has the name of the account, and a home that is left over an owner.
-    groups = (each.gr_name for each in grp.getgrall())
-    taken = {*roster.rows, course.config.group, *groups, *os.listdir(home_base())}
+    groups, base = grp.getgrall(), useradd_defaults()["HOME"]
+    homes = os.listdir(base) if os.path.isdir(base) else []
+    taken = {*roster.rows, course.config.group, *homes, *(x.gr_name for x in groups)}
 
     made = []
     for row, student in zip(roster.document.rows, roster.students, strict=True):
