@@ -18,6 +18,7 @@ PREFIX = /opt/notebooks
 LINK = /usr/local/bin/notebooks.py
 TEST_PREFIX = /opt/notebooks-test
 BENCH_PREFIX = /opt/notebooks-bench
+NBGRADER_PREFIX = /opt/notebooks-nbgrader
 TEST_PACKAGES = acl chromium chromium-driver exfat-fuse exfatprogs libnss-extrausers openssl \
     python3-venv tcc
 
@@ -141,9 +142,17 @@ check: $(TEST_PREFIX)/installed
 	    exit 1
 	fi
 
-# Processes that have become a student write what they measured, too: hence mode 1777.
-test: check
+# Where nbgrader is installed, it is an extension of each notebook server: not beside ours.
+$(NBGRADER_PREFIX)/installed:
 	umask 022
+	$(PYTHON) -m venv $(NBGRADER_PREFIX)
+	$(NBGRADER_PREFIX)/bin/pip install --quiet --disable-pip-version-check nbgrader
+	touch $@
+
+# Processes that have become a student write what they measured, too: hence mode 1777.
+test: check $(NBGRADER_PREFIX)/installed
+	umask 022
+	export NBGRADER_PREFIX=$(NBGRADER_PREFIX)
 	measured=$$(mktemp -d /tmp/notebooks-coverage.XXXXXX)
 	trap 'rm -rf "$$measured"' EXIT
 	trap 'exit 130' INT TERM

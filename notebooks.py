@@ -1014,6 +1014,7 @@ class Config:
     user_list: Path = setting("Setup", parse_path, "students.csv")
     tutorial_dir: PurePath = setting("Setup", parse_home_path, "course")
     material_dir: Path = setting("Setup", parse_path, "material")
+    shared_dir: Path | None = setting("Setup", optional(parse_path))
     password_length: int = setting("Setup", whole_number(8, 128), "12")
     group: str = setting("Setup", parse_group, "students")
     keep_changed: bool = setting("Setup", parse_bool, "no")
@@ -1035,6 +1036,17 @@ class Config:
     archive_dir: Path | None = setting("Shutdown", optional(parse_path))
     archive_limit: int = setting("Shutdown", parse_size, "10G")
 
+    def of(self, username: str) -> "Config":
+        """Return what it says for one student: {username} in `material_dir` is the name."""
+        own = str(self.material_dir).replace("{username}", username)
+        return dataclasses.replace(self, material_dir=Path(own))
+
+    @property
+    def material_base(self) -> Path:
+        """The last directory on the way to the material that is the same for everybody."""
+        parts = self.material_dir.parts
+        return Path(*itertools.takewhile(lambda part: "{username}" not in part, parts))
+
     @property
     def material_name(self) -> PurePath:
         """Where the material is in a home, relative to it."""
@@ -1053,6 +1065,13 @@ class Config:
     def profile_dir(self) -> Path:
         """Where the invoking user has the IPython profile, or would have it."""
         return Path(invoking_account().pw_dir, ".ipython", f"profile_{self.profile}")
+
+    @property
+    def private_paths(self) -> list[Path]:
+        """What no student may be given."""
+        certificates = self.cert_file, self.key_file, self.path.with_name(CERTIFICATE_NAME)
+        paths = (self.path, self.user_list, self.storage_dir, self.archive_dir)
+        return [Path(os.path.realpath(x)) for x in (*paths, *certificates) if x]
 
     @property
     def storage_owner(self) -> pwd.struct_passwd:
@@ -1163,14 +1182,8 @@ def contradictions(config: Config) -> Iterator[str]:
     if config.key_file and not config.cert_file:
         yield "[Launch] key_file: is of no use without cert_file"
 
-    material = os.path.realpath(config.material_dir)
-    private = [config.path, config.user_list, config.storage_dir, config.archive_dir]
-    for path in (*private, config.cert_file, config.key_file):
-        if path and Path(os.path.realpath(path)).is_relative_to(material):
-            yield (
-                f"[Setup] material_dir = {config.material_dir}: {path} lies in it,"
-                " which is not for students; make a directory with the material alone"
-            )
+    for word in {*re.findall(r"\{[^{}]*\}", str(config.material_dir))} - {"{username}"}:
+        yield f"[Setup] material_dir: has {word} in it; only {{username}} has a meaning"
 
     with contextlib.suppress(KeyError):  # a group that setup will make
         low = read_login_defs("GID_MIN", 1000)
@@ -1179,6 +1192,24 @@ def contradictions(config: Config) -> Iterator[str]:
                 f"[Setup] group = {config.group}: is a group of the system, with rights"
                 " that are not for students; choose a name of your own"
             )
+
+
+def exposed(config: Config, usernames: Iterable[str]) -> Iterator[str]:
+    """Yield what is wrong with what students are given, such as what is not for them."""
+    names = filter(USERNAME.fullmatch, usernames)
+    given = {config.of(name).material_dir: "material_dir" for name in names}
+    if config.shared_dir:
+        if config.shared_dir.name in [directory.name for directory in given]:
+            yield "[Setup] shared_dir: must have another last part than material_dir"
+        given[config.shared_dir] = "shared_dir"
+
+    for directory, key in given.items():
+        for path in config.private_paths:
+            if path.is_relative_to(os.path.realpath(directory)):
+                yield (
+                    f"[Setup] {key} = {directory}: {path} lies in it, which is not for"
+                    f" students; make a directory with what is for them alone"
+                )
 
 
 # == The list of students ==================================================================
@@ -1698,9 +1729,10 @@ def load_course(path: Path, options: Options = Options()) -> Course:
         raise UsageError("\n".join([*problems, str(error)])) from None
 
     problems += roster.problems()
+    names = [name for name in roster.rows if name]
+    problems += [f"{path}: {problem}" for problem in exposed(config, names)]
     if config.group and config.group in roster:
         problems.append(f"{path}: [Setup] group = {config.group}: is a student's name")
-    names = [name for name in roster.rows if name]
     for name in sorted((options.only or frozenset()).difference(names)):
         problems.append(f"--only {name}: is not in {roster.path}; {nearest(name, names)}")
     if problems:
@@ -2220,6 +2252,7 @@ class Outcome:
 # changed it stays; where both were, the copy is kept under another name.
 
 MAX_ENTRIES = 100_000  # of a directory of a student's that is tidied up
+MAX_LINKS = 5  # one behind the other; directories that lead to each other have no end
 MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
 ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
 PART_PREFIX = ".notebooks-part-"  # of files that are not whole yet
@@ -2227,7 +2260,7 @@ RECORD_NAME = ".notebooks-record.json"
 MAX_RECORD_BYTES = 1 << 24  # of 80,000 files; a longer one counts as none
 MAX_NAME_BYTES = 255  # of a file in most file systems
 MAX_SHOWN_PATH = 500  # characters, of which a student can make 25,000
-MAX_NAMED = 5  # files of a student that a message names
+MAX_NAMED = 5  # files that a message names
 COPY_CHUNK_BYTES = 1 << 24
 READ_BYTES = 1 << 18
 
@@ -2403,6 +2436,11 @@ class CopyRecord:
             raise
 
 
+def real_path(fd: int) -> Path:
+    """Return where an open file or directory is, without links: proc(5)."""
+    return Path(os.readlink(f"/proc/self/fd/{fd}"))
+
+
 def open_directory(
     start: Path, parts: Iterable[str], identity: Identity, create: bool = False
 ) -> int:
@@ -2541,7 +2579,8 @@ class TreeCopy:
 
     It walks by descriptors, never by paths, so that nobody who moves, links or replaces
     something meanwhile can lead it elsewhere. Only regular files and directories of the
-    source's own file system are copied. A file is written beside its destination and
+    source's own file system are copied, and what links lead to where they are followed: in
+    a teacher's source, never in a student's. A file is written beside its destination and
     renamed over it: there is never half a file, and a link there is replaced.
     """
 
@@ -2561,7 +2600,10 @@ class TreeCopy:
     report: CopyReport = dataclasses.field(default_factory=CopyReport)
     patience: float = PATIENCE_SECONDS
     needed_bytes: int = 0
-    device: int = -1  # the source's
+    uncounted: Path | None = None  # where our own link is
+    follows: bool = False  # links of the source, but to none of these
+    forbidden: Sequence[Path] = ()
+    followed: dict[Path, Path] = dataclasses.field(default_factory=dict)  # links, and where
 
     def run(
         self,
@@ -2579,7 +2621,7 @@ class TreeCopy:
             closing(open_directory(source, source_parts, self.reader)) as source_fd,
             closing(self.open_destination(destination, parts)) as destination_fd,
         ):
-            self.device = os.fstat(source_fd).st_dev
+            self.followed[Path()] = real_path(source_fd)
             with acting_as(self.writer), contextlib.suppress(PermissionError):
                 self.record = CopyRecord(destination_fd)
                 if self.mode and not self.dry_run:
@@ -2631,7 +2673,7 @@ class TreeCopy:
                     # With a full disk the others would fail, too.
                     if error.errno in FULL:
                         raise Error(f"{error.strerror}; {self.report}") from None
-                    self.report.fail(inner, error)
+                    self.leave_out(inner, error)
 
     def tidy_up(self, directory_fd: int) -> set[str]:
         """Remove what a copy that was killed has left, and return what else is there."""
@@ -2670,27 +2712,66 @@ class TreeCopy:
         names: set[str],
     ) -> None:
         """Copy one entry of a directory, if it is something that is copied."""
-        # A device must not even be opened: that may have effects.
-        if not (
-            entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
-        ):
-            self.report.skipped += 1
-            return
-
-        with acting_as(self.reader):
-            fd = os.open(entry.name, FILE_FLAGS, dir_fd=source_fd)
-        with closing(fd):
+        with closing(self.open_entry(entry, source_fd, path)) as fd:
             name = self.stored_name(path, destination_fd, names)
             item = Item(path, name, fd, os.fstat(fd), source_fd, destination_fd)
             mode = item.info.st_mode
-            deeper = item.info.st_dev == self.device and len(path.parts) <= MAX_DEPTH
+            near = path in self.followed or item.info.st_dev == os.fstat(source_fd).st_dev
 
-            if stat.S_ISDIR(mode) and deeper:
+            if stat.S_ISDIR(mode) and near and len(path.parts) <= MAX_DEPTH:
                 self.enter_directory(item)
             elif not stat.S_ISREG(mode):
-                self.report.skipped += 1
+                raise OSError(0, "lies too deep" if near else "is another file system")
             else:
                 self.copy_file(item)
+
+    def open_entry(self, entry: "os.DirEntry[str]", source_fd: int, path: Path) -> int:
+        """Open an entry, or what a link leads to; raises OSError with why not."""
+        is_link = self.follows and entry.is_symlink()
+        is_file = entry.is_file(follow_symlinks=False)
+        if not (is_link or is_file or entry.is_dir(follow_symlinks=False)):
+            raise OSError(0, "is no file")  # to open a device may have effects
+        with acting_as(self.reader):
+            if is_link:
+                return self.follow_link(path, source_fd)
+            return os.open(entry.name, FILE_FLAGS, dir_fd=source_fd)
+
+    def follow_link(self, path: Path, source_fd: int) -> int:
+        """Open what a link leads to; raises OSError with why not. Runs as: the reader."""
+        flags = os.O_PATH | os.O_CLOEXEC  # these open a device without any effect
+        with closing(os.open(path.name, flags | os.O_NOFOLLOW, dir_fd=source_fd)) as fd:
+            maker, text = os.fstat(fd).st_uid, os.readlink("", dir_fd=fd)
+        self.followed[path] = real_path(source_fd)
+
+        with closing(os.open(text, flags, dir_fd=source_fd)) as fd:
+            info, reason = os.fstat(fd), self.forbids(path, real_path(fd))
+            if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
+                reason = "leads to no file"
+            if maker not in (0, self.reader.uid, info.st_uid):  # they may have fewer rights
+                reason = "is somebody else's link"
+            if reason:
+                raise OSError(0, reason)
+            return os.open(f"/proc/self/fd/{fd}", FILE_FLAGS & ~os.O_NOFOLLOW)
+
+    def forbids(self, path: Path, target: Path) -> str:
+        """Return why a link must not be followed to a target, if it must not."""
+        above = [self.followed[x] for x in (path, *path.parents) if x in self.followed]
+        if any(each.is_relative_to(target) for each in above):
+            return "leads to a directory that it is in"
+        if len(above) > MAX_LINKS:
+            return "lies behind too many links"
+        for each in self.forbidden:
+            inside = target.is_relative_to(each) and not target.is_relative_to(above[-1])
+            if inside or each.is_relative_to(target):
+                return "leads to what is not for students"
+        return ""
+
+    def leave_out(self, path: Path, error: OSError) -> None:
+        """Count what is never copied, and what could not be."""
+        if error.errno:
+            self.report.fail(path, error)
+        elif path != self.uncounted:
+            self.report.skipped += 1
 
     def enter_directory(self, item: Item) -> None:
         """Copy a directory into one of the same name, made if it is missing."""
@@ -4941,7 +5022,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         port=server.port,
         url=f"https://{host}:{server.port}/{server.username}/",
         password=hash_password(server.member.student.nb_pass),
-        start_dir=str(config.start_dir),
+        start_dir=str(config.of(server.username).start_dir),
         profile=config.profile,
         idle_seconds=config.idle_minutes * 60,
         idle_kernel_seconds=(config.idle_kernel_minutes or config.idle_minutes) * 60,
@@ -5184,6 +5265,7 @@ class Launcher:
 # In the order of the usage line, each with the steps for one member that its workers take.
 # A command returns its exit status.
 
+MAX_NOTEBOOK_BYTES = 1 << 24  # of longer ones the kernel is not looked for
 LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
 
 
@@ -5191,7 +5273,7 @@ def first_closed_step(paths: Iterable[Path]) -> Path | None:
     """Return the first directory or file, on the way to these, that is closed to us."""
     for path in paths:
         for step in (*reversed(path.parents), path):
-            need = os.X_OK if step.is_dir() else os.R_OK
+            need = (os.X_OK if step.is_dir() else 0) | (os.R_OK if step == path else 0)
             if not os.access(step, need, effective_ids=True):
                 return step
     return None
@@ -5280,6 +5362,13 @@ def make_password(length: int) -> str:
     return "-".join(letters[i : i + PASSWORD_GROUP] for i in groups)
 
 
+def taken_names() -> set[str]:
+    """Return the names of groups, since an account has one, and of homes left over."""
+    base = useradd_defaults()["HOME"]
+    homes = os.listdir(base) if os.path.isdir(base) else []
+    return {*homes, *(group.gr_name for group in grp.getgrall())}
+
+
 def free_username(wish: str, taken: Collection[str]) -> str:
     """Return a name that nobody has in the list or on this host."""
     others = (f"{wish[:28]}-{number}" for number in itertools.count(2))
@@ -5293,10 +5382,7 @@ def make_usernames(course: Course) -> None:
     if course.options.only is not None or all(x.username for x in roster.students):
         return
     wishes = collections.Counter(student.wish for student in roster.students)
-    # A private group has the name of the account, and a home that is left over an owner.
-    groups, base = grp.getgrall(), useradd_defaults()["HOME"]
-    homes = os.listdir(base) if os.path.isdir(base) else []
-    taken = {*roster.rows, course.config.group, *homes, *(x.gr_name for x in groups)}
+    taken = {*roster.rows, course.config.group, *taken_names()}
 
     made = []
     for row, student in zip(roster.document.rows, roster.students, strict=True):
@@ -5397,56 +5483,152 @@ def furnish_home(config: Config, member: Member) -> None:
 
 def command_send(course: Course) -> int:
     """Copy the material into each account; `keep_changed` says what becomes of changes."""
-    config, options = course.config, course.options
-    digests = digest_material(config)
+    looks, told = look_at_material(course)
+    for what, names in told.items():
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        log.warning("%s %s%s", what, ", ".join(sorted(names)[:MAX_NAMED]), more)
+    shared_dir = course.config.shared_dir
+    if shared_dir:
+        check_shared(shared_dir, course)
     with course.roster.locked():
-        plan_send(course)
+        plan_send(course, looks)
 
     def send(member: Member) -> CopyReport:
-        copy = send_copy(config, options, member)
-        copy.digests = digests
-        return run_send(copy, config, member)
+        report = send_to(course, looks, member).report
+        if shared_dir:
+            report.backups += link_shared(shared_dir, course.config, member)
+        return report
 
     return copy_for_all(course, "send", send)
 
 
-def send_copy(config: Config, options: Options, member: Member) -> TreeCopy:
-    return TreeCopy(
-        identity_of(invoking_account()),
-        member.identity,
-        keep_as=MY_COPY if config.keep_changed else "",
-        wanted=config.is_wanted,
-        # Without `keep_changed` there is no mercy, as in 2012.
-        reset=options.reset or not config.keep_changed,
-    )
+def check_shared(directory: Path, course: Course) -> None:
+    """Refuse a directory that students cannot read, or can write to: raises UsageError."""
+    for member in find_members(course.students):
+        with acting_as(member.identity):
+            closed = first_closed_step([directory, Path(os.path.realpath(directory))])
+            writable = member.is_ours and os.access(directory, os.W_OK, effective_ids=True)
+        if closed or writable:
+            raise UsageError(
+                f"{course.config.path}: [Setup] shared_dir = {directory}:"
+                f" {f'{closed} is missing or closed to' if closed else 'can be changed by'}"
+                f" {member.username}; let students read it, and no more (chmod a+rX,go-w)"
+            )
 
 
-def run_send(copy: TreeCopy, config: Config, member: Member) -> CopyReport:
-    return copy.run(config.material_dir, (), member.home, config.material_name.parts)
+def link_shared(shared_dir: Path, config: Config, member: Member) -> int:
+    """Make the link to the shared directory; return how many things it moved aside."""
+    name, kept = shared_dir.name, 0
+    parts = config.tutorial_dir.parts
+    with (
+        closing(open_directory(member.home, parts, member.identity, create=True)) as fd,
+        acting_as(member.identity),
+    ):
+        with contextlib.suppress(OSError):
+            if os.readlink(name, dir_fd=fd) == str(shared_dir):
+                return 0
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(name, free_name(MY_COPY, name, fd), src_dir_fd=fd, dst_dir_fd=fd)
+            kept = 1
+        os.symlink(shared_dir, name, dir_fd=fd)
+    return kept
 
 
-def digest_material(config: Config) -> Digests:
-    """Return the digests of the material's files, computed once and not per student.
+@dataclasses.dataclass
+class MaterialLook(TreeCopy):
+    """A dry run that leads nowhere, for what is the same for all students."""
+
+    directory: Path = Path()
+    left_out: set[Path] = dataclasses.field(default_factory=set)
+    told: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # of which paths
+
+    def tell(self, what: str, path: Path, reason: str = "") -> None:
+        name = str(self.directory / path)[:MAX_SHOWN_PATH]
+        self.told.setdefault(what, []).append(f"{name!r}{reason}")
+
+    def copy_file(self, item: Item) -> None:
+        key = item.info.st_dev, item.info.st_ino, stamp_of(item.info)
+        if key not in self.digests:
+            self.digests[key] = digest_file(item.fd)
+        if item.path.suffix == ".ipynb":
+            with contextlib.suppress(ValueError, AttributeError, RecursionError):
+                notebook = json.loads(os.pread(item.fd, MAX_NOTEBOOK_BYTES, 0))
+                spec = notebook.get("metadata", {}).get("kernelspec", {})
+                kernel = str(spec.get("name") or "")[:MAX_SHOWN_PATH]
+                if kernel not in installed_kernels():
+                    named = f"kernel {kernel!r}, not installed," if kernel else "no kernel"
+                    self.tell(f"{named} is named by", item.path)
+
+    def leave_out(self, path: Path, error: OSError) -> None:
+        reason = "leads to nothing" if error.errno == errno.ENOENT else error.strerror
+        self.tell("not sent:", path, f" ({reason})")
+        self.left_out.add(path)
+
+
+@functools.cache
+def installed_kernels() -> set[str]:
+    """Return the names of the kernels that everybody has: jupyter_client.kernelspec."""
+    roots = map(Path, (sys.prefix, "/usr/local", "/usr"))
+    files = "share/jupyter/kernels/*/kernel.json"
+    return {"python3"} | {x.parent.name.lower() for root in roots for x in root.glob(files)}
+
+
+def look_at_material(
+    course: Course,
+) -> tuple[dict[Path, MaterialLook], dict[str, list[str]]]:
+    """Look through each directory to be sent; return what was seen, and what to tell.
 
     Raises: UsageError if the material cannot be read.
     """
-    digests: Digests = {}
+    config, base = course.config, course.config.material_base
+    reader = identity_of(invoking_account())
+    private = config.private_paths
+    if base != config.material_dir:  # one student's material is beside the others'
+        private.append(Path(os.path.realpath(base)))
 
-    try:
-        with acting_as(identity_of(invoking_account())):
-            os.listdir(config.material_dir)
-            for _, _, names, directory_fd in os.fwalk(config.material_dir):
-                for name in filter(lambda name: config.is_wanted(Path(name)), names):
-                    with (
-                        contextlib.suppress(OSError),  # a link, or unreadable
-                        closing(os.open(name, FILE_FLAGS, dir_fd=directory_fd)) as fd,
-                    ):
-                        info = os.fstat(fd)
-                        key = info.st_dev, info.st_ino, stamp_of(info)
-                        digests[key] = digest_file(fd)
-    except OSError as error:
-        raise UsageError(f"{config.path}: [Setup] material_dir: {explain(error)}") from None
-    return digests
+    looks: dict[Path, MaterialLook] = {}
+    told: dict[str, list[str]] = {}
+    usernames = [student.username for student in course.students if student.username]
+    names = {config.of(username).material_dir: username for username in usernames}
+    for own, username in names.items():
+        look = MaterialLook(reader, reader, dry_run=True, recorded=False, follows=True)
+        look.wanted, look.forbidden = config.is_wanted, private
+        look.directory, look.told = own, told
+        try:
+            look.run(base, own.relative_to(base).parts, Path(NOWHERE), ())
+            looks[own] = look
+        except Error as error:
+            if own == base or not base.is_dir():
+                where = f"{config.path}: [Setup] material_dir"
+                raise UsageError(f"{where}: {error}") from None
+            told[f"{username} is sent nothing:"] = [str(error)]
+    return looks, told
+
+
+def send_to(
+    course: Course,
+    looks: Mapping[Path, MaterialLook],
+    member: Member,
+    dry_run: bool = False,
+) -> TreeCopy:
+    """Copy a member's material into their home; return the copy, which has the report."""
+    config, base = course.config.of(member.username), course.config.material_base
+    copy = TreeCopy(
+        identity_of(invoking_account()),
+        member.identity,
+        keep_as=MY_COPY if config.keep_changed else "",
+        # Without `keep_changed` there is no mercy, as in 2012.
+        reset=course.options.reset or not config.keep_changed,
+        dry_run=dry_run,
+        follows=True,
+    )
+    look = looks.get(config.material_dir)
+    if look:
+        copy.wanted = lambda path: look.wanted(path) and path not in look.left_out
+        copy.digests, copy.forbidden = look.digests, look.forbidden
+        parts = config.material_dir.relative_to(base).parts
+        copy.run(base, parts, member.home, config.material_name.parts)
+    return copy
 
 
 class SendPlan(Message):
@@ -5458,28 +5640,26 @@ class SendPlan(Message):
     report: CopyReport
 
 
-def plan_send(course: Course) -> None:
+def plan_send(course: Course, looks: Mapping[Path, MaterialLook]) -> None:
     """Make sure that there is room, and that nobody's work is replaced unawares.
 
     Raises: UsageError; nothing was copied.
     """
-    config = course.config
 
     def plan(member: Member) -> SendPlan:
-        copy = dataclasses.replace(send_copy(config, course.options, member), dry_run=True)
-        report = run_send(copy, config, member)
+        copy = send_to(course, looks, member, dry_run=True)
         # Of one descriptor: a student may mount something on their home at any moment.
         with closing(open_directory(member.home, (), member.identity)) as fd:
             space = os.fstatvfs(fd)
             free_bytes = space.f_bavail * space.f_frsize
             device = os.fstat(fd).st_dev
-        return SendPlan(device, free_bytes, copy.needed_bytes, report)
+        return SendPlan(device, free_bytes, copy.needed_bytes, copy.report)
 
     needed: dict[int, int] = collections.Counter()
     free: dict[int, tuple[int, Path]] = {}
     replaced = {}
-    looks = Outcome()  # what fails now fails again when it is done
-    for member, found in looks.each(plan, find_members(course.students), "look"):
+    outcome = Outcome()  # what fails now fails again when it is done
+    for member, found in outcome.each(plan, find_members(course.students), "look"):
         needed[found.device] += found.needed_bytes
         free[found.device] = found.free_bytes, member.home
         if found.report.overwritten:
@@ -5593,15 +5773,18 @@ def command_retrieve(course: Course) -> int:
             f"{config.path}: [Shutdown] storage_dir: {config.storage_dir} cannot be"
             f" made by its owner {owner.pw_name}: {error.strerror}"
         ) from None
-    originals: Digests = {}
+    looks: dict[Path, MaterialLook] = {}
     with contextlib.suppress(UsageError):  # the material may be gone by now
-        originals = digest_material(config)
-    retrieve = functools.partial(retrieve_from, config, originals)
+        looks, _ = look_at_material(course)
+    retrieve = functools.partial(retrieve_from, config, looks)
     return copy_for_all(course, "retrieve", retrieve)
 
 
 def retrieve_from(
-    config: Config, originals: Digests, member: Member, dry_run: bool = False
+    config: Config,
+    looks: Mapping[Path, MaterialLook],
+    member: Member,
+    dry_run: bool = False,
 ) -> CopyReport:
     """Copy one member's tutorial directory into the storage, or count what that is."""
     if config.storage_dir.is_relative_to(member.home / config.tutorial_dir):
@@ -5612,11 +5795,13 @@ def retrieve_from(
     mode = 0
     with contextlib.suppress(OSError):  # it is not there yet: a dry run
         mode = os.stat(config.storage_dir).st_mode & 0o2077
+    own = config.of(member.username).material_dir
+    look = looks.get(own)
     copy = TreeCopy(
         member.identity,
         identity_of(config.storage_owner),
-        material=(config.material_dir, identity_of(invoking_account())),
-        digests=originals,
+        material=(own, identity_of(invoking_account())),
+        digests=look.digests if look else {},
         keep_as=KEPT_COPY,
         keep_all=True,
         any_storage=True,
@@ -5624,6 +5809,7 @@ def retrieve_from(
         wanted=config.is_wanted,
         mode=mode,
         dry_run=dry_run,
+        uncounted=Path(config.shared_dir.name) if config.shared_dir else None,
     )
     parts = config.tutorial_dir.parts
     return copy.run(member.home, parts, config.storage_dir, (member.username,))

@@ -58,6 +58,7 @@ def test_an_empty_file_gives_the_defaults_beside_it(tmp_path: Path) -> None:
         user_list=tmp_path / "students.csv",
         tutorial_dir=Path("course"),
         material_dir=tmp_path / "material",
+        shared_dir=None,
         password_length=12,
         group="students",
         keep_changed=False,
@@ -144,6 +145,7 @@ def test_the_readme_lists_each_key_with_its_default() -> None:
         ("ignore", ".git  *.bak", (".git", "*.bak")),
         ("material_dir", "/srv/week 1/", Path("/srv/week 1")),
         ("material_dir", "~/week1", Path("~/week1").expanduser()),
+        ("material_dir", "/srv/{username}/1", Path("/srv/{username}/1")),
         ("tutorial_dir", "physics/2024", Path("physics/2024")),
         ("password_length", "8", 8),
         ("group", "", ""),
@@ -279,3 +281,9 @@ def test_paths_stay_where_they_are_when_the_working_directory_changes(
     os.chdir("/")
     assert config.user_list == tmp_path / "students.csv"
     assert config.path == tmp_path / "notebooks.cfg"
+
+
+def test_an_unknown_word_in_braces_is_refused(tmp_path: Path) -> None:
+    _, problems = read_key(tmp_path, "material_dir", "feedback/{username}/{assignment}")
+    (problem,) = problems
+    assert "material_dir: has {assignment} in it; only {username} has" in problem

@@ -6,12 +6,14 @@ import grp
 import json
 import os
 import pwd
+import re
 import shutil
 import stat
 import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -671,3 +673,431 @@ def test_a_password_that_pam_refuses_is_one_students_failure(
         rules.write_text(before)
         script.unlink()
         refused_user.unlink()
+
+
+# ---------------------------------------------------------------------------------------
+# The material: links, and what is for one student alone
+# ---------------------------------------------------------------------------------------
+
+
+def not_sent(course: Course, *options: str, **keywords: Any) -> dict[str, str]:
+    """Send; return why paths of the material were not sent, as the teacher is told once."""
+    done = course.run("send", *options, **keywords)
+    assert done.returncode == 0, done
+    assert "skipped" not in done.stdout
+    assert done.stderr.count("not sent: ") == (1 if "not sent" in done.stderr else 0)
+    found = re.findall(r"'([^']*)' \(([^)]*)\)", done.stderr)
+    return {os.path.relpath(path, course.material): reason for path, reason in found}
+
+
+def test_what_links_in_the_material_lead_to_is_sent(term: Course, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "inner").mkdir(parents=True)
+    (elsewhere / "inner/large.csv").write_text("3,4\n")
+    (elsewhere / "notes.pdf").write_text("notes")
+    (elsewhere / "inner/again.pdf").symlink_to("../notes.pdf")
+    (term.material / "more").symlink_to(elsewhere / "inner")
+    (term.material / "notes.pdf").symlink_to(elsewhere / "notes.pdf")
+    (term.material / "chain").symlink_to("more")
+    (term.material / "data/welcome.txt").symlink_to("../welcome.txt")
+    for _ in range(2):
+        assert not_sent(term) == {}
+        for name in term.students:
+            material = term.home(name) / "course/material"
+            assert read(term, name, "material/more/large.csv") == "3,4\n"
+            assert read(term, name, "material/more/again.pdf") == "notes"
+            assert read(term, name, "material/notes.pdf") == "notes"
+            assert read(term, name, "material/chain/large.csv") == "3,4\n"
+            assert read(term, name, "material/data/welcome.txt") == "welcome\n"
+            assert not any(path.is_symlink() for path in material.rglob("*"))
+            assert all(path.owner() == name for path in material.rglob("*"))
+    assert line_of(term.check("send"), term.students[0]).endswith("8 unchanged")
+
+
+def test_a_link_may_lead_to_another_file_system(term: Course, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (term.material / "mounted").mkdir()
+    (term.material / "linked").symlink_to(disk)
+    for place in (disk, term.material / "mounted"):
+        mount = ["mount", "--no-mtab", "-t", "tmpfs", "tmpfs"]
+        subprocess.run([*mount, place], check=True)
+    try:
+        (disk / "deeper").mkdir()
+        (disk / "deeper/large").write_text("large")
+        assert not_sent(term) == {"mounted": "is another file system"}
+        assert read(term, term.students[0], "material/linked/deeper/large") == "large"
+    finally:
+        for place in (disk, term.material / "mounted"):
+            subprocess.run(["umount", "--no-mtab", place], check=True)
+
+
+def test_what_cannot_be_sent_is_named_once_and_fails_nobody(term: Course) -> None:
+    material = term.material
+    (material / "dangling").symlink_to("nowhere")
+    (material / "ping").symlink_to("pong")
+    (material / "pong").symlink_to("ping")
+    (material / "self").symlink_to(".")
+    assert not_sent(term) == {
+        "dangling": "leads to nothing",
+        "ping": "Too many levels of symbolic links",
+        "pong": "Too many levels of symbolic links",
+        "self": "leads to a directory that it is in",
+    }
+    for name in ("dangling", "ping", "pong", "self"):
+        (material / name).unlink()
+
+    os.mkfifo(material / "fifo")
+    os.mknod(material / "zero", 0o666 | stat.S_IFCHR, os.makedev(1, 5))
+    (material / "device").symlink_to("zero")
+    (material / "data/up").symlink_to("../data")
+    reasons = {"fifo": "is no file", "zero": "is no file"}
+    reasons |= {"device": "leads to no file"}
+    reasons |= {"data/up": "leads to a directory that it is in"}
+    assert not_sent(term, timeout=30) == reasons
+    for number in range(20):
+        os.mkfifo(material / f"another{number}")
+    done = term.run("send")
+    assert "and 19 more" in done.stderr and done.stderr.count("another") == 5
+    assert read(term, term.students[2]) == "welcome\n"
+
+
+def test_what_the_teacher_cannot_read_is_named_and_not_sent(term: Course) -> None:
+    with made_account() as teacher:
+        subprocess.run(["chown", "-R", teacher.pw_name, term.directory], check=True)
+        closed = term.material / "closed"
+        closed.write_text("closed")
+        closed.chmod(0)
+        os.chown(closed, 0, 0)
+        (term.material / "solution").symlink_to("closed")
+        (term.material / "shadow").symlink_to("/etc/shadow")
+        private = term.directory / "private"
+        private.mkdir(mode=0o700)
+        (private / "notes").write_text("notes")
+        (term.material / "notes").symlink_to(private)
+        subprocess.run(["chown", "-R", teacher.pw_name, private], check=True)
+        for path in ("solution", "shadow", "notes"):
+            os.chown(term.material / path, teacher.pw_uid, -1, follow_symlinks=False)
+        for parent in term.directory.parents[:-2]:  # pytest's are private
+            parent.chmod(0o755)
+        told = not_sent(term, env={"SUDO_UID": str(teacher.pw_uid)})
+        assert told == dict.fromkeys(("closed", "solution", "shadow"), "Permission denied")
+        sent = term.home(term.students[0]) / "course/material"
+        assert not {"closed", "solution", "shadow"} & {*os.listdir(sent)}
+        assert (sent / "notes/notes").read_text() == "notes"
+        subprocess.run(["chown", "-R", "root", term.directory], check=True)
+
+
+def test_somebody_elses_link_does_not_give_away_what_only_the_teacher_may_read(
+    term: Course, tmp_path: Path
+) -> None:
+    secret, theirs = tmp_path / "id_rsa", tmp_path / "theirs"
+    secret.write_text("secret")
+    with made_account() as assistant:
+        theirs.write_text("theirs")
+        for path in ("key", "own"):
+            (term.material / path).symlink_to({"key": secret, "own": theirs}[path])
+            os.chown(term.material / path, assistant.pw_uid, -1, follow_symlinks=False)
+        os.chown(theirs, assistant.pw_uid, -1)
+        assert not_sent(term) == {"key": "is somebody else's link"}
+    assert read(term, term.students[0], "material/own") == "theirs"
+    assert not (term.home(term.students[0]) / "course/material/key").exists()
+
+
+PRIVATE = {
+    "up": "..",
+    "deep": "../../..",
+    "root": "/",
+    "list": "../students.csv",
+    "settings": "../notebooks.cfg",
+    "certificate": "../notebooks.pem",
+    "work": "../kept/storage",
+    "theirs": "../kept/storage/{0}/material",
+    "above": "../kept",
+}
+
+
+def test_no_link_leads_to_what_is_not_for_students(term: Course) -> None:
+    (term.directory / "kept").mkdir()
+    term.configure(storage_dir="kept/storage")
+    term.check("retrieve")
+    (term.directory / "notebooks.pem").write_text("key")
+    (term.directory / "common").mkdir()
+    (term.directory / "common/notes").write_text("notes")
+    (term.directory / "common/back").symlink_to("../students.csv")
+    (term.directory / "common/around").symlink_to("../kept/storage")
+    (term.material / "common").symlink_to("../common")
+    private = "leads to what is not for students"
+    inner = {"common/back": private, "common/around": private}
+    for name, target in PRIVATE.items():
+        (term.material / name).symlink_to(target.format(term.students[1]))
+        upwards = target.strip("./") == ""
+        reason = "leads to a directory that it is in" if upwards else private
+        assert not_sent(term, "--only", term.students[0]) == {name: reason, **inner}
+        (term.material / name).unlink()
+
+    sent = term.home(term.students[0]) / "course/material"
+    found = {str(path.relative_to(sent)) for path in sent.rglob("*")}
+    files = {"data", "data/table.csv", "welcome.txt", "common", "common/notes"}
+    assert found == {*files, notebooks.RECORD_NAME}
+
+
+def test_links_behind_links_come_to_an_end(term: Course) -> None:
+    """Directories that all lead to each other have endlessly many paths."""
+    for number in range(6):
+        part = term.material / f"part{number}"
+        part.mkdir()
+        (part / "text").write_text(str(number))
+        if number:
+            (term.material / f"part{number - 1}/next").symlink_to(f"../{part.name}")
+    deep = "part0/next/next/next/next/next"
+    assert not_sent(term) == {deep: "lies behind too many links"}
+    sent = term.home(term.students[0]) / "course/material"
+    assert (sent / "part0/next/next/next/next/text").read_text() == "4"
+    assert (sent / "part5/text").read_text() == "5"
+
+
+@pytest.fixture
+def feedback(term: Course) -> Course:
+    """A course whose first two students have feedback of their own."""
+    for name in term.students[:2]:
+        path = term.directory / "feedback" / name / "ps1"
+        path.mkdir(parents=True)
+        (path / "ps1.html").write_text(f"the score of {name}")
+    term.configure(material_dir="feedback/{username}/ps1")
+    return term
+
+
+def test_each_student_gets_a_directory_of_their_own(feedback: Course) -> None:
+    *graded, missing = feedback.students
+    for _ in range(2):
+        done = feedback.run("send")
+        assert done.returncode == 0
+        assert done.stderr.count("is sent nothing") == 1
+        assert f"{missing} is sent nothing: " in done.stderr
+        assert "No such file or directory" in done.stderr
+        for name in graded:
+            sent = feedback.home(name) / "course/ps1"
+            assert os.listdir(sent) != [] and sent.owner() == name
+            assert (sent / "ps1.html").read_text() == f"the score of {name}"
+            others = {*graded} - {name}
+            found = subprocess.run(
+                ["grep", "-rlE", f"score of ({'|'.join(others)})", feedback.home(name)],
+                capture_output=True,
+            )
+            assert found.stdout == b""
+        assert os.listdir(feedback.home(missing) / "course") == ["material"]
+    assert line_of(done.stdout, graded[0]) == "0 new, 0 updated, 1 unchanged"
+    assert feedback.run("send", "--only", missing).returncode == 0
+
+
+def test_the_last_part_may_be_the_students_name(feedback: Course) -> None:
+    feedback.configure(material_dir="feedback/{username}")
+    name = feedback.students[0]
+    feedback.run("send")
+    assert read(feedback, name, f"{name}/ps1/ps1.html") == f"the score of {name}"
+    feedback.launch().wait_ready()
+    notebook = feedback.notebook(name)
+    assert [each["name"] for each in notebook.api("GET", "contents")["content"]] == ["ps1"]
+
+
+def test_nobody_is_led_to_somebody_elses_directory(feedback: Course) -> None:
+    first, second, third = feedback.students
+    directory = feedback.directory / "feedback"
+    (directory / third).symlink_to(second)
+    (directory / first / "ps1/other").symlink_to(f"../../{second}/ps1")
+    (directory / first / "ps1/one.html").symlink_to(f"../../{second}/ps1/ps1.html")
+    (directory / first / "ps1/everybody").symlink_to("../..")
+    (directory / first / "ps1/again.html").symlink_to("ps1.html")
+    done = feedback.run("send")
+    assert done.returncode == 0
+    assert f"{third} is sent nothing: " in done.stderr
+    assert "is a link or a file, not a directory: not followed" in done.stderr
+    assert done.stderr.count("(leads to what is not for students)") == 2
+    assert done.stderr.count("(leads to a directory that it is in)") == 1
+    sent = feedback.home(first) / "course/ps1"
+    assert {path.name for path in sent.iterdir()} == {
+        *("ps1.html", "again.html", notebooks.RECORD_NAME),
+    }
+    assert not (feedback.home(third) / "course/ps1").exists()
+
+
+def test_material_of_each_student_must_not_hold_what_is_private(feedback: Course) -> None:
+    name = feedback.students[1]
+    feedback.configure(storage_dir=f"feedback/{name}/ps1/storage")
+    done = feedback.run("send")
+    assert done.returncode == 2 and "which is not for students" in done.stderr
+    feedback.configure(storage_dir="storage", material_dir="{username}")
+    (feedback.directory / name).symlink_to(".")
+    done = feedback.run("send")
+    assert done.returncode == 2 and "which is not for students" in done.stderr
+    (feedback.directory / name).unlink()
+    done = feedback.run("send")
+    assert done.returncode == 0 and done.stderr.count("is sent nothing") == 3
+
+
+def test_material_of_each_student_must_be_somewhere(feedback: Course) -> None:
+    feedback.configure(material_dir="feedbak/{username}/ps1")
+    done = feedback.run("send")
+    assert done.returncode == 2
+    assert f"[Setup] material_dir: '{feedback.directory}/feedbak': " in done.stderr
+
+
+# ---------------------------------------------------------------------------------------
+# Shared data
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(term: Course) -> Iterator[Path]:
+    """A directory of the host's that the course shares."""
+    directory = Path(f"/var/{term.group}/shared/data")
+    directory.mkdir(parents=True)
+    (directory / "large.csv").write_text("5,6\n")
+    term.configure(shared_dir=directory)
+    yield directory
+    subprocess.run(["rm", "-rf", f"/var/{term.group}"], check=True)
+
+
+def test_shared_data_is_a_link_in_each_home_and_no_copy(term: Course, shared: Path) -> None:
+    before = snapshot(shared)
+    output = term.check("send")
+    for name in term.students:
+        link = term.home(name) / "course/data"
+        assert os.readlink(link) == str(shared)
+        assert link.lstat().st_uid == pwd.getpwnam(name).pw_uid
+        assert shell(name, "cat data/large.csv") == "5,6\n"
+        assert "backups" not in line_of(output, name)
+    links = [(term.home(name) / "course/data").lstat() for name in term.students]
+    term.check("send")
+    assert links == [(term.home(name) / "course/data").lstat() for name in term.students]
+
+    output = term.check("retrieve")
+    assert "skipped" not in output
+    assert not os.path.lexists(term.storage / term.students[0] / "data")
+    shell(term.students[0], "ln -s /etc/passwd other")
+    assert "1 skipped" in line_of(term.check("retrieve"), term.students[0])
+
+    term.check("remove", "--yes")
+    assert snapshot(shared) == before
+
+
+def test_the_link_to_shared_data_destroys_nothing_of_that_name(
+    term: Course, shared: Path
+) -> None:
+    directory, file, link = term.students
+    shell(directory, "mkdir data; echo mine >data/answer")
+    shell(file, "echo mine >data; echo older >'data (mine 1)'")
+    shell(link, "ln -s /etc/shadow data")
+    output = term.check("send")
+    for name in term.students:
+        assert os.readlink(term.home(name) / "course/data") == str(shared)
+        assert line_of(output, name).endswith("1 kept as backups")
+    assert read(term, directory, "data (mine 1)/answer") == "mine\n"
+    assert read(term, file, "data (mine 1)") == "older\n"
+    assert read(term, file, "data (mine 2)") == "mine\n"
+    assert os.readlink(term.home(link) / "course/data (mine 1)") == "/etc/shadow"
+    term.check("retrieve")
+    assert (term.storage / directory / "data (mine 1)/answer").read_text() == "mine\n"
+    assert (term.storage / file / "data (mine 2)").read_text() == "mine\n"
+
+
+def test_shared_data_that_students_cannot_read_or_can_change_is_refused(
+    term: Course, shared: Path
+) -> None:
+    named = f"{term.config}: [Setup] shared_dir = {shared}:"
+    for path, mode in ((shared, 0o711), (shared.parent, 0o700)):
+        path.chmod(mode)
+        done = term.run("send")
+        assert done.returncode == 2 and done.stdout == ""
+        assert f"{named} {path} is missing or closed to {term.students[0]}" in done.stderr
+        path.chmod(0o755)
+
+    shared.chmod(0o777)
+    done = term.run("send")
+    assert done.returncode == 2
+    assert f"{named} can be changed by {term.students[0]}" in done.stderr
+    shared.chmod(0o750)
+    shutil.chown(shared, group=term.group)
+    assert term.run("send").returncode == 0  # all students are in that group
+
+    term.configure(shared_dir=shared.parent / "nowhere")
+    assert "nowhere is missing or closed" in term.run("send").stderr
+    term.configure(shared_dir=term.directory)
+    assert "which is not for students" in term.run("send").stderr
+    term.configure(shared_dir="/srv/material")
+    assert "must have another last part than material_dir" in term.run("send").stderr
+    assert not os.path.lexists(term.home(term.students[1]) / "course/nowhere")
+
+
+# ---------------------------------------------------------------------------------------
+# Kernels that are not here
+# ---------------------------------------------------------------------------------------
+
+
+def write_notebook(path: Path, metadata: object) -> None:
+    content = {"cells": [], "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(content))
+
+
+def missing_kernels(course: Course) -> dict[str, str]:
+    """Send; return which files the teacher is told of for each kernel."""
+    done = course.run("send", timeout=30)
+    assert done.returncode == 0, done
+    pattern = r"(?:kernel '(.+)', not installed,|no kernel) is named by (.+)"
+    return dict(re.findall(pattern, done.stderr))
+
+
+def test_notebooks_whose_kernel_is_not_here_are_told_once_and_sent_unchanged(
+    term: Course,
+) -> None:
+    material = term.material
+    names = {"conda": "conda-env-teaching-py", "again": "conda-env-teaching-py"}
+    names |= {"julia": "julia-1.9", "here": "python3"}
+    for stem, kernel in names.items():
+        write_notebook(material / f"{stem}.ipynb", {"kernelspec": {"name": kernel}})
+    write_notebook(material / "data/none.ipynb", {})
+    assert missing_kernels(term) == {
+        "conda-env-teaching-py": f"'{material}/again.ipynb', '{material}/conda.ipynb'",
+        "julia-1.9": f"'{material}/julia.ipynb'",
+        "": f"'{material}/data/none.ipynb'",
+    }
+    for name in term.students:
+        for stem in names:
+            sent = term.home(name) / f"course/material/{stem}.ipynb"
+            assert sent.read_bytes() == (material / f"{stem}.ipynb").read_bytes()
+
+    kernels = Path("/usr/local/share/jupyter/kernels/julia-1.9")
+    kernels.mkdir(parents=True)
+    try:
+        (kernels / "kernel.json").write_text("{}")
+        assert set(missing_kernels(term)) == {"conda-env-teaching-py", ""}
+    finally:
+        shutil.rmtree("/usr/local/share/jupyter/kernels")
+
+
+def test_notebooks_that_are_broken_or_huge_are_sent_without_a_word(term: Course) -> None:
+    material = term.material
+    odd: list[object] = [None, [], {"kernelspec": None}, {"kernelspec": 7}]
+    for number, metadata in enumerate(odd):
+        write_notebook(material / f"odd{number}.ipynb", metadata)
+    (material / "list.ipynb").write_text("[]")
+    (material / "empty.ipynb").write_text("")
+    (material / "bytes.ipynb").write_bytes(b"\xff\xfe\x00")
+    (material / "nested.ipynb").write_text("[" * 1_000_000)
+    with (material / "huge.ipynb").open("wb") as file:
+        file.truncate(notebooks.MAX_NOTEBOOK_BYTES + 10)
+    assert missing_kernels(term) == {}
+    sent = term.home(term.students[0]) / "course/material"
+    assert len(list(sent.glob("*.ipynb"))) == 9
+
+
+def test_thousands_of_notebooks_are_told_in_a_line(term: Course) -> None:
+    for number in range(10_000):
+        path = term.material / f"n{number:04}.ipynb"
+        write_notebook(path, {"kernelspec": {"name": "elsewhere"}})
+    done = term.run("send", "--only", term.students[0])
+    assert done.returncode == 0
+    first = ", ".join(f"'{term.material}/n000{number}.ipynb'" for number in range(5))
+    told = "kernel 'elsewhere', not installed, is named by"
+    assert done.stderr == f"notebooks.py: {told} {first} and 9995 more\n"
