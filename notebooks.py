@@ -290,6 +290,7 @@ ACCOUNT_PROGRAMS = (
     *("find", "rm", "ipcrm"),
 )
 DELETE_SECONDS = 300.0  # for a home with millions of files
+LOCK_FILE = "/run/notebooks.lock"  # root's
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # what ends us: Ctrl-C and kill(1)
 
 
@@ -346,8 +347,8 @@ def run_as(
 ) -> bool:
     """Run a program with a user's ids, and say if it succeeded; its words are not kept.
 
-    It belongs to that user, so it holds nothing but its streams. max_bytes: what it may
-    write into a file.
+    It belongs to that user: so it holds nothing but its streams, and is ended when they
+    have stopped it. max_bytes: what it may write into a file. Raises: StuckError.
     """
     log.debug("running %s", shlex.join(argv))
     null = subprocess.DEVNULL
@@ -361,12 +362,33 @@ def run_as(
         extra_groups=identity.groups,
         cwd="/",
         env={"PATH": PROGRAM_PATH, "LC_ALL": "C.UTF-8"},
+        start_new_session=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes,) * 2),
     )
+
+    work, moved = 0.0, time.monotonic()
     try:
-        return process.wait() == 0
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if work != (work := cpu_seconds(process.pid)):
+                moved = time.monotonic()
+            if time.monotonic() > moved + STUCK_SECONDS:
+                raise StuckError(STUCK)
+        return process.returncode == 0
     finally:
-        process.kill()  # if we were interrupted
+        if process.poll() is None:  # stuck, or we were interrupted
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return what a process and its children have computed; reads of a disk count, too."""
+    total = 0.0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            times = each.cpu_times()
+            total += times.user + times.system + times.iowait
+    return total
 
 
 def run_deletion(*argv: str) -> None:
@@ -424,6 +446,14 @@ def lock_file(path: Path) -> int:
         if os.path.samestat(os.fstat(fd), os.stat(path)):
             return fd
         os.close(fd)
+
+
+@contextlib.contextmanager
+def host_locked() -> Iterator[None]:
+    """Wait until no other course's command changes accounts, and keep others waiting."""
+    with closing(os.open(LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
 
 
 @uninterrupted()
@@ -802,15 +832,27 @@ def is_ordinary(username: str) -> bool:
     return account is None or low <= account.pw_uid <= high or account.pw_uid > 65535
 
 
-def read_mark(account: pwd.struct_passwd) -> tuple[str, list[Path]]:
-    """Return the GECOS subfield "other" up to an @, and the files after it: passwd(5)."""
-    mark, _, courses = ",".join(account.pw_gecos.split(",")[4:]).partition("@")
-    return mark, [Path(urllib.parse.unquote(x)) for x in courses.split(";") if x]
+class CourseMark(NamedTuple):
+    """What a mark says of one course: its configuration file, and its directory's inode."""
+
+    path: Path
+    inode: int
 
 
-def make_mark(courses: Iterable[Path]) -> str:
+def read_mark(account: pwd.struct_passwd) -> tuple[str, list[CourseMark]]:
+    """Return the GECOS subfield "other" up to an @, and the courses after it: passwd(5)."""
+    mark, _, text = ",".join(account.pw_gecos.split(",")[4:]).partition("@")
+    courses = re.findall(r"([^;#]+)#(\d+)", text)
+    return mark, [
+        CourseMark(Path(os.fsdecode(urllib.parse.unquote_to_bytes(path))), int(inode))
+        for path, inode in courses
+    ]
+
+
+def make_mark(courses: Iterable[CourseMark]) -> str:
     """Return a mark that names courses, without what passwd(5) and chfn(1) forbid."""
-    return f"{MARK}@{';'.join(urllib.parse.quote(str(x)) for x in courses)}"
+    named = (f"{urllib.parse.quote(bytes(x.path))}#{x.inode}" for x in courses)
+    return f"{MARK}@{';'.join(named)}"
 
 
 def is_ours(account: pwd.struct_passwd | None) -> bool:
@@ -905,6 +947,7 @@ def drop_privileges(identity: Identity) -> None:
 # ValueError with what would be right. All that is wrong is told at once.
 
 
+MAX_CONFIG_CHARACTERS = 1 << 20
 # What editors, Jupyter and version control leave, which is nobody's work.
 IGNORE = ".git .svn .ipynb_checkpoints __pycache__ .DS_Store ._* Thumbs.db .~* *.swp .nfs*"
 
@@ -1087,7 +1130,10 @@ def read_ini(path: Path) -> configparser.ConfigParser:
     """Read an INI file; raises UsageError for one that is not there or is none."""
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        # Another course's may lie where a student can put a FIFO.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, encoding="utf-8-sig") as file:
+            text = file.read(MAX_CONFIG_CHARACTERS)
         if "\0" in text:
             raise UsageError(f"{path}: is not a text file")
         parser.read_string(text, str(path))
@@ -1159,7 +1205,7 @@ def read_config(path: Path) -> tuple[Config, list[str]]:
     parser = read_ini(path)
     base = path.absolute().parent
     problems = list(unknown_keys(parser))
-    values: dict[str, Any] = {"path": Path(os.path.realpath(path))}
+    values: dict[str, Any] = {"path": Path(os.path.realpath(path.parent), path.name)}
 
     for key, option in config_keys().items():
         section, parse = option["section"], option["parse"]
@@ -1200,15 +1246,18 @@ def exposed(config: Config, usernames: Iterable[str]) -> Iterator[str]:
     given = {config.of(name).material_dir: "material_dir" for name in names}
     if config.shared_dir:
         if config.shared_dir.name in [directory.name for directory in given]:
-            yield "[Setup] shared_dir: must have another last part than material_dir"
+            yield (
+                f"{config.path}: [Setup] shared_dir: must have another last part than"
+                " material_dir"
+            )
         given[config.shared_dir] = "shared_dir"
 
     for directory, key in given.items():
         for path in config.private_paths:
             if path.is_relative_to(os.path.realpath(directory)):
                 yield (
-                    f"[Setup] {key} = {directory}: {path} lies in it, which is not for"
-                    f" students; make a directory with what is for them alone"
+                    f"{config.path}: [Setup] {key} = {directory}: {path} lies in it, which"
+                    " is not for students; make a directory with what is for them alone"
                 )
 
 
@@ -1728,9 +1777,9 @@ def load_course(path: Path, options: Options = Options()) -> Course:
     except UsageError as error:
         raise UsageError("\n".join([*problems, str(error)])) from None
 
+    names = list(filter(None, roster.rows))
     problems += roster.problems()
-    names = [name for name in roster.rows if name]
-    problems += [f"{path}: {problem}" for problem in exposed(config, names)]
+    problems += exposed(config, names)
     if config.group and config.group in roster:
         problems.append(f"{path}: [Setup] group = {config.group}: is a student's name")
     for name in sorted((options.only or frozenset()).difference(names)):
@@ -1784,10 +1833,30 @@ def find_members(students: Iterable[Student]) -> list[Member]:
     return [Member(each, acc, identity_of(acc)) for each, acc in accounts if acc]
 
 
-def is_same_course(path: Path, config: Config) -> bool:
+def mark_of(config: Config) -> CourseMark:
+    return CourseMark(config.path, config.path.parent.stat().st_ino)
+
+
+def find_course(mark: CourseMark, config: Config) -> Path | None:
+    """Return where the configuration file of a course is now, or None if that is unknown.
+
+    A directory keeps its inode when it is moved: so this course is known at another path,
+    and another one that is where it was before.
+    """
+    ours = mark_of(config)
+    if mark.inode == ours.inode:
+        return ours.path.with_name(mark.path.name)
+    try:
+        is_there = mark.path.is_file() and mark.path.parent.stat().st_ino == mark.inode
+    except OSError:  # a disk that does not answer
+        is_there = True
+    return mark.path if is_there else None
+
+
+def is_same_course(path: Path | None, config: Config) -> bool:
     """Say whether a configuration file is of this course: it names the same list."""
-    if path == config.path:
-        return True
+    if path is None or path == config.path:
+        return path is not None
     try:
         other, _ = read_config(path)
         return os.path.samefile(other.user_list, config.user_list)
@@ -1795,14 +1864,19 @@ def is_same_course(path: Path, config: Config) -> bool:
         return False
 
 
-def courses_of(account: pwd.struct_passwd, config: Config) -> list[Path]:
-    """Return the configuration files of the courses that have an account, in order.
+def is_this(mark: CourseMark, config: Config) -> bool:
+    return is_same_course(find_course(mark, config), config)
+
+
+def courses_of(account: pwd.struct_passwd, config: Config) -> list[CourseMark]:
+    """Return the courses that have an account, its owner first.
 
     One that is gone counts if the account is in a group that may be of that course, which
     is elsewhere now, or not mounted.
     """
     is_elsewhere = bool(ordinary_groups(account.pw_name) - {config.group})
-    return [path for path in read_mark(account)[1] if is_elsewhere or path.exists()]
+    courses = read_mark(account)[1]
+    return [x for x in courses if is_elsewhere or find_course(x, config)]
 
 
 def is_owned(account: pwd.struct_passwd | None, config: Config) -> bool:
@@ -1810,7 +1884,7 @@ def is_owned(account: pwd.struct_passwd | None, config: Config) -> bool:
     if account is None or not is_ours(account):
         return False
     courses = courses_of(account, config)
-    return not courses or is_same_course(courses[0], config)
+    return not courses or is_this(courses[0], config)
 
 
 def other_claims(account: pwd.struct_passwd, config: Config) -> list[str]:
@@ -1818,10 +1892,13 @@ def other_claims(account: pwd.struct_passwd, config: Config) -> list[str]:
 
     Version 1.0.0 left nothing but the group.
     """
+    groups = ordinary_groups(account.pw_name) - {config.group}
     if not read_mark(account)[1]:
-        return [f"group {x}" for x in ordinary_groups(account.pw_name) - {config.group}]
-    courses = courses_of(account, config)
-    return [str(path) for path in courses if not is_same_course(path, config)]
+        return [f"group {group}" for group in groups]
+
+    others = [x for x in courses_of(account, config) if not is_this(x, config)]
+    hint = f" (gone; if for good, delete the group {' or '.join(groups)})"
+    return [f"{x.path}{'' if find_course(x, config) else hint}" for x in others]
 
 
 def reason_to_stay(member: Member, config: Config) -> str:
@@ -1832,16 +1909,17 @@ def reason_to_stay(member: Member, config: Config) -> str:
     return f"is in {', '.join(claims)}, too" if claims else ""
 
 
-def check_group(config: Config) -> None:
+def check_group(course: Course) -> None:
     """Refuse a group that another course has; raises UsageError."""
+    config = course.config
     for account in filter(None, map(find_account, group_members(config.group))):
-        courses = read_mark(account)[1] if is_ours(account) else []
-        if not all(path.exists() for path in courses):  # it may be this one, moved
-            continue
-        if courses and not any(is_same_course(path, config) for path in courses):
+        marks = read_mark(account)[1] if is_ours(account) else []
+        is_known = account.pw_name in course.roster  # else a course was here that has moved
+        others = [x for x in marks if not is_known or find_course(x, config)]
+        if others and not any(is_this(mark, config) for mark in marks):
             raise UsageError(
                 f"{config.path}: [Setup] group = {config.group}: is the group of the course"
-                f" {courses[0]}, as of {account.pw_name}; give this course its own"
+                f" {others[0].path}, as of {account.pw_name}; give this course its own"
             )
 
 
@@ -1867,7 +1945,7 @@ def is_account_of(student: Student, username: str, config: Config) -> bool:
     return (
         account is not None
         and is_owned(account, config)
-        and is_in_group(username, config)
+        and username in group_members(config.group)
         and account.pw_gecos.split(",")[0] == gecos_name(student)
     )
 
@@ -1888,7 +1966,7 @@ def ensure_account(student: Student, config: Config) -> str:
             run_program(["usermod", "--expiredate", "", "--", student.username])
         join_course(account, config)
 
-    if is_local_group(config.group) and not is_in_group(student.username, config):
+    if is_local_group(config.group) and student.username not in group_members(config.group):
         run_program(["gpasswd", "--add", student.username, config.group])
         if not is_owned(find_account(student.username), config):
             return "adopted"
@@ -1897,39 +1975,45 @@ def ensure_account(student: Student, config: Config) -> str:
 
 def join_course(account: pwd.struct_passwd, config: Config) -> None:
     """Have an account's mark name this course, perhaps in place of one that is gone."""
-    _, courses = read_mark(account)
-    if any(is_same_course(path, config) for path in courses):
+    _, marks = read_mark(account)
+    ours = [mark for mark in marks if is_this(mark, config)]
+    if ours and find_course(ours[0], config) == ours[0].path:
         return
 
-    gone = [path for path in courses if not path.exists()]
-    if gone and (
-        gone[0] not in courses_of(account, config) or is_in_group(account.pw_name, config)
-    ):
-        log.warning("%s: taken over from %s, which is gone", account.pw_name, gone[0])
-        courses[courses.index(gone[0])] = config.path
-    else:
-        courses.append(config.path)
-    set_mark(account, courses)
+    gone = [mark for mark in marks if may_replace(mark, account, config)]
+    for mark in [*ours, *gone][:1]:
+        log.warning("%s: taken over from %s, which is gone", account.pw_name, mark.path)
+        marks[marks.index(mark)] = mark_of(config)
+    set_mark(account, [*marks, *({mark_of(config)} - {*marks})])
+
+
+def may_replace(mark: CourseMark, account: pwd.struct_passwd, config: Config) -> bool:
+    """Say whether a course that is gone is this one, or none that still has the account."""
+    is_member = account.pw_name in group_members(config.group)
+    is_gone = find_course(mark, config) is None
+    return is_gone and (is_member or mark not in courses_of(account, config))
 
 
 def leave_course(member: Member, config: Config, roster: Roster) -> None:
     """Undo what setup did for a member whose account stays."""
-    account = find_account(member.username) or member.account  # another remove may run
-    _, courses = read_mark(account)
-    others = [path for path in courses if not is_same_course(path, config)]
-    if member.is_ours and others and others != courses:
-        set_mark(account, others)
-
-    if is_local_group(config.group) and is_in_group(member.username, config):
-        run_program(["gpasswd", "--delete", member.username, config.group])
     roster.update(member.username, nb_pass="", port="")
+    account = find_account(member.username) or member.account
+    marks = read_mark(account)[1] if member.is_ours else []
+    others = [mark for mark in marks if not is_this(mark, config)]
+    if marks and others == marks:
+        return  # this is a copy of a course: another one, with no part in its group
+
+    if others:
+        set_mark(account, others)
+    leave_group(member.username, config)
 
 
-def is_in_group(username: str, config: Config) -> bool:
-    return username in group_members(config.group)
+def leave_group(username: str, config: Config) -> None:
+    if is_local_group(config.group) and username in group_members(config.group):
+        run_program(["gpasswd", "--delete", username, config.group])
 
 
-def set_mark(account: pwd.struct_passwd, courses: Iterable[Path]) -> None:
+def set_mark(account: pwd.struct_passwd, courses: Iterable[CourseMark]) -> None:
     comment = ",".join([*account.pw_gecos.split(",")[:4], make_mark(courses)])
     run_program(["usermod", "--comment", comment, "--", account.pw_name])
 
@@ -1944,7 +2028,8 @@ def add_account(student: Student, config: Config) -> None:
     Source: useradd(8) for the base directory, and login.defs(5) for the private group.
     """
     defaults = useradd_defaults()
-    home = Path(home_base(), student.username)
+    home = Path(defaults["HOME"], student.username)
+    check_home_place(home.parent)
     options = ["--groups", config.group] if is_local_group(config.group) else []
     options += [*uid_options(home), *gid_options(student.username)]
     # Debian's /bin/sh has no history and no completion; another choice is the host's.
@@ -1956,13 +2041,17 @@ def add_account(student: Student, config: Config) -> None:
             # No subordinate ids (subuid(5)): what runs under them is hard to find.
             + ["--key", "SUB_UID_COUNT=0", "--key", "SUB_GID_COUNT=0"]
             + ["--shell", shell]
-            + ["--comment", f"{gecos_name(student)},,,,{make_mark([config.path])}"]
+            + ["--comment", f"{gecos_name(student)},,,,{make_mark([mark_of(config)])}"]
             + ["--", student.username]
         )
     except Error:
         # A setup that was killed may have called a useradd that has just ended.
         if not is_ours(find_account(student.username)):
             raise
+    account = find_account(student.username)
+    if account and is_home_of(account):  # others may have the gid of a home left over
+        command = ["chgrp", "--recursive", "--no-dereference", "--", str(account.pw_gid)]
+        run_as(identity_of(account), [*command, str(home)])
 
 
 def uid_options(home: Path) -> list[str]:
@@ -1972,42 +2061,51 @@ def uid_options(home: Path) -> list[str]:
     no other account gets. Raises: Error if that is somebody else's.
     """
     uids = range(read_login_defs("UID_MIN", 1000), read_login_defs("UID_MAX", 60000) + 1)
-    used = {account.pw_uid for account in pwd.getpwall()}
-    with os.scandir(home.parent) as entries:
-        owners = {each.name: each.stat(follow_symlinks=False).st_uid for each in entries}
-
-    uid = owners.get(home.name)
-    if uid is None:
-        left_over = set(owners.values()) - used
-        free = [each for each in uids if each not in used | left_over]
-        return ["--uid", str(free[0])] if left_over and free else []
-
-    if uid in used or uid not in uids:
+    if os.path.lexists(home):
+        info = home.stat()
+        if info.st_uid in uids and not has_account(info.st_uid) and home.is_dir():
+            say(f"{home.name}: gets uid {info.st_uid}, whose home {home} is left over")
+            return ["--uid", str(info.st_uid)]
         raise Error(
-            f"{home} exists without an account, and uid {uid}, which owns it, is somebody"
-            " else's: move it away, run setup, and copy its files into the new home, as by"
-            f" `cp -aT OLD {home} && chown -R {home.name}: {home}`"
+            f"{home} exists without an account, and uid {info.st_uid}, which owns it, is"
+            f" somebody else's: move it to OLD, run setup, then `chown -R {home.name}: OLD"
+            f" && mv {home} NEW && mv OLD {home}`"
         )
-    say(f"{home.name}: gets uid {uid}, whose home {home} is left over")
-    return ["--uid", str(uid)]
+
+    left_over = set()
+    with os.scandir(home.parent) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # a file system of theirs, in their home
+                left_over.add(entry.stat(follow_symlinks=False).st_uid)
+    if all(map(has_account, left_over)):
+        return []  # useradd knows best
+    free = (uid for uid in uids if uid not in left_over and not has_account(uid))
+    return ["--uid", str(next(free, uids[-1]))]
+
+
+def has_account(uid: int) -> bool:
+    try:
+        return bool(pwd.getpwuid(uid))
+    except KeyError:
+        return False
 
 
 def gid_options(username: str) -> list[str]:
     """Return useradd's options for a private group that is left over; raises Error."""
     try:
-        gid = grp.getgrnam(username).gr_gid
+        group = grp.getgrnam(username)
     except KeyError:
         return []
-    if gid < read_login_defs("GID_MIN", 1000):
-        raise Error("is the name of a group of the system; give them another user name")
-    return ["--gid", str(gid)]
+    users = [account for account in pwd.getpwall() if account.pw_gid == group.gr_gid]
+    if group.gr_gid < read_login_defs("GID_MIN", 1000) or group.gr_mem or users:
+        raise Error("is the name of a group of the system, or of others; take another")
+    return ["--gid", str(group.gr_gid)]
 
 
-def home_base() -> Path:
-    """Return where homes are made, and make sure that root can; raises Error."""
-    directory = Path(useradd_defaults()["HOME"])
+def check_home_place(directory: Path) -> None:
+    """Make sure that root can make homes in a directory; raises Error."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         probe = tempfile.mkdtemp(prefix=".", dir=directory)
         try:
             os.chown(probe, read_login_defs("UID_MIN", 1000), -1)
@@ -2019,7 +2117,6 @@ def home_base() -> Path:
             " root_squash make the account and its home on the file server: setup adopts"
             " accounts that exist"
         ) from None
-    return directory
 
 
 def remove_empty_group(group: str) -> bool:
@@ -3023,60 +3120,67 @@ def ensure_home(account: pwd.struct_passwd, config: Config) -> None:
         raise Error(f"{home} is not theirs; move it away, and run setup again")
 
     # It is built beside its place, of which a setup that was killed leaves a part.
+    check_home_place(home.parent)
     unfinished = home.with_name(f".{home.name}-new")
     skeleton = useradd_defaults()["SKEL"]
     run_deletion("rm", "-rf", "--", str(unfinished))
     unfinished.mkdir(mode=0o700)
     options = ["--recursive", "--no-dereference", "--"]
-    if os.path.isdir(skeleton):
-        run_program(["cp", *options, f"{skeleton}/.", str(unfinished)])
     owner = f"{account.pw_uid}:{account.pw_gid}"
-    run_program(["chown", *options, owner, str(unfinished)])
+    run_program(["chown", owner, "--", str(unfinished)])
     try:
-        if is_ours(account):
-            unpack_home(account, config, unfinished)
+        if not is_ours(account) or not unpack_home(account, config, unfinished):
+            if os.path.isdir(skeleton):
+                run_program(["cp", *options, f"{skeleton}/.", str(unfinished)])
+            run_program(["chown", *options, owner, str(unfinished)])
         unfinished.rename(home)
     except BaseException:
         run_deletion("rm", "-rf", "--", str(unfinished))
         raise
 
 
-def unpack_home(account: pwd.struct_passwd, config: Config, home: Path) -> None:
-    """Unpack what `archive_home` has packed, if there is an archive; raises Error."""
+def unpack_home(account: pwd.struct_passwd, config: Config, home: Path) -> bool:
+    """Unpack what `archive_home` has packed; return if there is any. Raises: Error."""
     if not config.archive_dir:
-        return
+        return False
     archive = config.archive_dir / ARCHIVE_NAME.format(account.pw_name)
     try:
         with acting_as(identity_of(config.storage_owner)):
             fd = os.open(archive, FILE_FLAGS)
     except FileNotFoundError:
-        return
+        return False
 
     command = ["tar", "--extract", "--gzip", "--preserve-permissions", "--file=-"]
     with closing(fd):
+        packed = time.strftime("%Y-%m-%d", time.localtime(os.fstat(fd).st_mtime))
         if not run_as(identity_of(account), [*command, f"--directory={home}"], stdin=fd):
             raise Error(f"{archive} could not be unpacked; see `tar -tzf`, and the room")
+    say(f"{account.pw_name}: has their home of {packed} again, from {archive}")
+    return True
 
 
-def archive_home(config: Config, member: Member) -> None:
+def archive_home(config: Config, member: Member) -> bool:
     """Pack the home of a member who runs nothing any more, and check the archive.
 
-    Runs as: tar(1) as the member, who can read what is theirs; the archive is written as
-    the owner of the storage. Raises: Error if not all was packed.
+    Returns: whether there is a home. Runs as: tar(1) as the member, who can read what is
+    theirs; the archive is written as the owner of the storage. Raises: Error if not all
+    was packed.
     """
     assert config.archive_dir
-    if not is_home_of(member.account):
-        return  # then none is deleted, either
+    if not os.path.lexists(member.home) and os.path.isdir(member.home.parent):
+        return False
     if config.archive_dir.is_relative_to(member.home):
         raise Error("archive_dir lies in their home; set another")
     writer, name = identity_of(config.storage_owner), ARCHIVE_NAME.format(member.username)
     with acting_as(writer):
         config.archive_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory_fd = os.open(config.archive_dir, os.O_RDONLY | os.O_CLOEXEC)
-        temporary = PART_PREFIX + secrets.token_hex(8)
+        temporary = PART_PREFIX + name  # the same one as that of a remove that was killed
 
     with closing(directory_fd):
         with acting_as(writer):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=directory_fd)
             fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd)
         try:
             with closing(fd):
@@ -3091,6 +3195,7 @@ def archive_home(config: Config, member: Member) -> None:
             with acting_as(writer), contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=directory_fd)
             raise
+    return True
 
 
 def pack_home(member: Member, fd: int, max_bytes: int) -> None:
@@ -3214,6 +3319,7 @@ PUBLIC_DIRS = (
     *("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run/lock"),
     *("/var/spool/cron/atjobs", "/var/crash"),
 )
+MAIL_DIRS = ("/var/mail", "/var/spool/mail")
 IPC_KINDS = {"shm": "--shmem-id", "msg": "--queue-id", "sem": "--semaphore-id"}
 
 
@@ -3478,13 +3584,20 @@ def remove_account(account: pwd.struct_passwd) -> None:
     run_deletion("rm", "-rf", "--one-file-system", "--", str(runtime_dir_of(account)))
     clear_empty_runtime_dir()
 
-    home = []
-    if is_home_of(account) and not os.path.islink(account.pw_dir):
-        home = ["--remove"]
-        # userdel cannot remove directories that are nested a thousand deep.
-        run_deletion("find", account.pw_dir, "-xdev", "-mindepth", "1", "-delete")
+    # A home that is half deleted must not look like one: it would be packed, or kept.
+    home = Path(account.pw_dir)
+    doomed = home.with_name(f".{home.name}-removed")
+    if is_home_of(account) and not home.is_symlink():
+        run_deletion("rm", "-rf", "--one-file-system", "--", str(doomed))
+        home.rename(doomed)
+    for path in (doomed, home.with_name(f".{home.name}-new")):
+        if path.is_dir():  # rm cannot remove what is nested a thousand deep
+            run_deletion("find", str(path), "-xdev", "-delete")
+    for directory in MAIL_DIRS:
+        Path(directory, account.pw_name).unlink(missing_ok=True)
+
     try:
-        run_program(["userdel", *home, "--", account.pw_name])
+        run_program(["userdel", "--", account.pw_name])
     except Error:
         # A remove that was killed may have called a userdel that has just ended.
         if find_account(account.pw_name):
@@ -5315,7 +5428,7 @@ def command_setup(course: Course) -> int:
     check_programs()
     config, roster = course.config, course.roster
     roster.check_writable()
-    check_group(config)
+    check_group(course)
     for note in roster.notes():
         log.warning("%s: %s", roster.path, note)
     if config.profile and not config.profile_dir.is_dir():
@@ -5323,7 +5436,7 @@ def command_setup(course: Course) -> int:
 
     outcome = Outcome()
     counts = {"new": 0, "adopted": 0, "kept": 0}
-    with roster.locked():
+    with host_locked(), roster.locked():
         make_usernames(course)
         warn_of_strays(course)
         renewed = prepare_passwords(config, roster, course.students)
@@ -5379,7 +5492,7 @@ def free_username(wish: str, taken: Collection[str]) -> str:
 def make_usernames(course: Course) -> None:
     """Write a user name into each row that has none, and say which."""
     roster = course.roster
-    if course.options.only is not None or all(x.username for x in roster.students):
+    if course.options.only is not None or "" not in roster.rows:
         return
     wishes = collections.Counter(student.wish for student in roster.students)
     taken = {*roster.rows, course.config.group, *taken_names()}
@@ -5824,26 +5937,18 @@ def command_remove(course: Course) -> int:
     is_doomed = ask_before_removal(course, find_members(course.students))
 
     outcome = Outcome()
-    with roster.locked():
+    with host_locked(), roster.locked():
         # What has changed since the question: fewer may be deleted, but no others.
         members = [x for x in find_members(roster.students) if x.username in is_doomed]
         others = [member for member in members if not is_doomed[member.username]]
-        doomed = [
-            x for x in members if is_doomed[x.username] and not reason_to_stay(x, config)
-        ]
+        doomed = [x for x in members if x not in others and may_go(x, config)]
         deleted = delete_accounts(doomed, config, roster, outcome)
-        for member in others:
-            with outcome.step(member.username):
-                reason = reason_to_stay(member, config)
-                outcome.done(member.username, f"{reason}; the account stays")
-                leave_course(member, config, roster)
-        roster.save()
+        leave_members(others, config, roster, outcome)
 
     reload_launcher(config)
-    group = remove_empty_group(config.group)
+    group = f", group {config.group} deleted" if remove_empty_group(config.group) else ""
     return outcome.finish(
-        f"{counted(deleted, 'account')} deleted, {len(others)} left"
-        f"{f', group {config.group} deleted' if group else ''}."
+        f"{counted(deleted, 'account')} deleted, {len(others)} left{group}."
     )
 
 
@@ -5859,6 +5964,27 @@ def ask_before_removal(course: Course, members: Sequence[Member]) -> dict[str, b
     return is_doomed
 
 
+def may_go(member: Member, config: Config) -> bool:
+    """Say whether an account that was to be deleted, when remove asked, still is."""
+    reason = reason_to_stay(member, config)
+    if reason:
+        log.warning("%s %s by now: left as it is", member.username, reason)
+    return not reason
+
+
+def leave_members(
+    members: Sequence[Member], config: Config, roster: Roster, outcome: Outcome
+) -> None:
+    """Undo what setup did for members whose accounts stay."""
+    stop_jupyter(config, [member for member in members if member.is_ours], outcome)
+    for member in members:
+        with outcome.step(member.username):
+            reason = reason_to_stay(member, config) or "was somebody else's"
+            outcome.done(member.username, f"{reason}; the account stays")
+            leave_course(member, config, roster)
+    roster.save()
+
+
 def delete_accounts(
     members: Sequence[Member], config: Config, roster: Roster, outcome: Outcome
 ) -> int:
@@ -5868,9 +5994,11 @@ def delete_accounts(
         with outcome.step(member.username):
             end_account(member.account)
             ended.append(member)
+    packed = dict.fromkeys(ended, True)
     if config.archive_dir:
         pack = functools.partial(archive_home, config)
-        ended = [member for member, _ in outcome.each(pack, ended, "archives")]
+        packed = dict(outcome.each(pack, ended, "archives"))
+        ended = list(packed)
     delete_public_files([member.uid for member in ended])
 
     deleted = 0
@@ -5878,6 +6006,8 @@ def delete_accounts(
         # First, so that no row has the password of an account that is gone.
         roster.forget(member.username)
         with outcome.step(member.username):
+            if not packed[member] and is_home_of(member.account):
+                raise Error("not deleted: their home is there again; run remove again")
             remove_account(member.account)
             outcome.done(member.username, "account and home deleted")
             deleted += 1
@@ -5897,12 +6027,14 @@ def look_at_home(config: Config, member: Member) -> HomeReport:
     """Look at a home as its owner can see it."""
     home_fd = open_directory(member.home, (), member.identity)
     size = outside = 0
+    skeleton = Path(useradd_defaults()["SKEL"])
     with acting_as(member.identity):
         for path, info in walk_files(home_fd, Path(), time.monotonic() + LOOK_SECONDS):
             size += info.st_blocks * 512
-            # What is hidden belongs to programs and to the skeleton.
-            is_hidden = path.parts[0].startswith(".")
-            outside += not is_hidden and not path.is_relative_to(config.tutorial_dir)
+            # What is hidden belongs to programs.
+            is_work = not path.parts[0].startswith(".")
+            if is_work and not path.is_relative_to(config.tutorial_dir):
+                outside += size_of(skeleton / path) != info.st_size
 
     try:
         work = retrieve_from(config, {}, member, dry_run=True)
@@ -5910,6 +6042,11 @@ def look_at_home(config: Config, member: Member) -> HomeReport:
         return HomeReport(size, outside, False, str(error))
     has_work = bool(work.new or work.updated or work.over_limit)
     return HomeReport(size, outside, has_work, work.first_failure)
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a file, or -1."""
+    return path.lstat().st_size if os.path.lexists(path) else -1
 
 
 def walk_files(

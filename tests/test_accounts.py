@@ -115,7 +115,7 @@ def test_a_new_account_is_private_marked_and_in_the_group(course: Course) -> Non
         home = Path(account.pw_dir).stat()
         assert account.pw_dir == f"/home/{username}"
         assert account.pw_shell == "/bin/bash"
-        mark = f"{notebooks.MARK}@{course.config}"
+        mark = f"{notebooks.MARK}@{course.config}#{course.directory.stat().st_ino}"
         assert account.pw_gecos == f"Name{i} Surname{i},,,,{mark}"
         assert grp.getgrgid(account.pw_gid).gr_name == username
         assert (home.st_mode, home.st_uid) == (stat.S_IFDIR | 0o700, account.pw_uid)

@@ -31,7 +31,7 @@ def two(make_course: CourseMaker) -> Two:
 def marked(username: str) -> list[Path]:
     mark, courses = notebooks.read_mark(pwd.getpwnam(username))
     assert mark == notebooks.MARK
-    return courses
+    return [each.path for each in courses]
 
 
 def works(username: str, directory: str) -> Path:
@@ -228,7 +228,9 @@ def test_a_course_whose_directory_is_not_mounted_loses_nothing(two: Two) -> None
     second.check("setup")
     assert not second.rows()[second.students[0]]["sys-pass"]
     output = second.check("remove", "--yes")
-    assert f"{second.students[0]} is in {first.config}, too" in output
+    assert f"{second.students[0]} is in {first.config} (gone; if for good, delete the" in (
+        output
+    )
     assert work.read_text() == "mine\n"
     first.directory.with_name("elsewhere").rename(first.directory)
     first.check("remove", "--yes")
