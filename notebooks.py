@@ -378,6 +378,8 @@ def run_as(
     finally:
         if process.poll() is None:  # stuck, or we were interrupted
             os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+                process.wait(1)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -1,6 +1,7 @@
 """Several courses on one host, with students in common."""
 
 import itertools
+import os
 import pwd
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 import notebooks
 from conftest import CourseMaker
-from support import Course, run, run_as, wait_until
+from support import Course, run, run_as, start, wait_until
 from test_accounts import exists, members, password_works, shadow_line, snapshot
 
 pytestmark = pytest.mark.root
@@ -268,3 +269,69 @@ def test_any_path_can_be_in_a_mark(make_course: CourseMaker) -> None:
     assert marked(username) == [course.config]
     course.check("remove", "--yes")
     assert not exists(username)
+
+
+def test_a_course_that_moved_and_one_in_its_old_place_are_two(two: Two) -> None:
+    """Both have the default group, and a student in common."""
+    first, second = two
+    first.check("setup")
+    work = works(first.students[1], "course")
+    old = move(first)
+    shutil.copytree(second.directory, old.parent)
+    second.config, second.user_list = old, old.parent / "students.csv"
+    second.configure(group=first.group)
+    done = second.run("setup")
+    assert done.returncode == 2 and f"is the group of the course {old}" in done.stderr
+
+    second.configure(group=f"{first.group}y"[:30])
+    second.check("setup")
+    assert not second.rows()[second.students[0]]["sys-pass"]
+    second.check("remove", "--yes")
+    assert work.read_text() == "mine\n"
+    first.check("setup")
+    assert marked(first.students[1]) == [first.config]
+    first.check("remove", "--yes")
+    assert not any(map(exists, (*first.students, *second.students)))
+
+
+def test_a_copy_of_a_course_has_no_part_in_its_group(course: Course) -> None:
+    course.check("setup")
+    copy = shutil.copytree(course.directory, course.directory.with_name("copy"))
+    done = run("remove", "--yes", copy / "notebooks.cfg")
+    assert done.returncode == 0 and "0 accounts deleted, 2 left." in done.stdout
+    assert members(course.group) == {*course.students}
+
+
+def test_one_configuration_that_two_courses_link_to_is_not_one_course(two: Two) -> None:
+    first, second = two
+    for course in two:
+        (course.directory / "course.cfg").symlink_to(first.config)
+        course.config = course.directory / "course.cfg"
+        course.settings["tutorial_dir"] = "course"
+    first.check("setup")
+    done = second.run("setup")
+    assert done.returncode == 2 and "is the group of the course" in done.stderr
+
+
+def test_what_a_student_puts_in_the_place_of_a_course_holds_nobody_up(two: Two) -> None:
+    first, second = two
+    first.check("setup")
+    second.check("setup")
+    first.config.unlink()
+    os.mkfifo(first.config)
+    assert second.run("setup", timeout=30).returncode == 0
+    assert second.run("remove", "--yes", timeout=30).returncode == 0
+
+
+def test_two_setups_at_once_both_finish(two: Two) -> None:
+    commands = [start("setup", config=course.config) for course in two]
+    outputs = [command.communicate(timeout=60) for command in commands]
+    assert [command.returncode for command in commands] == [0, 0], outputs
+    for course in two:
+        assert members(course.group) == {*course.students}
+        assert all(map(exists, course.students))
+    shared = two[0].students[1]
+    assert {*marked(shared)} == {course.config for course in two}
+    passwords = [course.rows()[shared].get("sys-pass") or "" for course in two]
+    assert sorted(map(bool, passwords)) == [False, True]
+    assert password_works(shared, max(passwords))

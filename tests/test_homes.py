@@ -145,6 +145,38 @@ def test_whatever_a_student_makes_is_packed(packed: Course) -> None:
     assert setup.stderr.count("\n") == 1 and packed.home(homeless).is_dir()
 
 
+def test_a_remove_that_was_killed_keeps_the_whole_archive(packed: Course) -> None:
+    """A home that is half deleted is neither packed again nor given back."""
+    username, other = packed.students
+    packed.check("remove", "--yes", "--only", username)
+    archive = packed.directory / "archives" / f"{username}.tar.gz"
+    whole = archive.read_bytes()
+    packed.check("setup")
+    home = packed.home(username)
+    home.rename(home.with_name(f".{username}-removed"))  # where it is killed
+    packed.check("setup")
+    assert (home / "project/deep/file").read_text() == "out\n"
+    shutil.rmtree(home)
+    packed.check("remove", "--yes")
+    assert archive.read_bytes() == whole
+    assert not [x for x in os.listdir("/home") if username in x or other in x]
+
+
+def test_a_program_that_its_student_has_stopped_is_ended(
+    course: Course, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notebooks, "STUCK_SECONDS", 1.0)
+    course.check("setup")
+    identity = notebooks.identity_of(pwd.getpwnam(course.students[0]))
+    assert notebooks.run_as(identity, ["true"])
+    assert not notebooks.run_as(identity, ["false"])
+    with pytest.raises(notebooks.StuckError):
+        notebooks.run_as(identity, ["sh", "-c", "kill -STOP $$"])
+    assert course.processes() == []
+    busy = "import time\nend = time.monotonic() + 3\nwhile time.monotonic() < end: pass"
+    assert notebooks.run_as(identity, [sys.executable, "-c", busy])
+
+
 def test_an_archive_that_cannot_be_unpacked_makes_no_home(packed: Course) -> None:
     username, other = packed.students
     packed.check("remove", "--yes")
@@ -267,6 +299,20 @@ def test_a_private_group_that_is_left_over_is_taken(course: Course) -> None:
     course.check("setup")
 
 
+def test_a_group_that_others_are_in_becomes_nobodys_own(course: Course) -> None:
+    username, other = course.students
+    with made_account() as member, made_account() as primary:
+        subprocess.run(["groupadd", "--users", member.pw_name, username], check=True)
+        subprocess.run(["groupadd", other], check=True)
+        subprocess.run(["usermod", "--gid", other, primary.pw_name], check=True)
+        done = course.run("setup")
+        for name in course.students:
+            assert f"{name}: is the name of a group of the system, or of" in done.stderr
+            assert not exists(name)
+    subprocess.run(["groupdel", username], check=True)
+    subprocess.run(["groupdel", other], check=True)
+
+
 def test_a_place_in_which_root_can_make_no_home_leaves_no_half_account(
     course: Course, tmp_path: Path
 ) -> None:
@@ -308,13 +354,15 @@ def directory_service(course: Course) -> Iterator[pwd.struct_passwd]:
             r"(?m)^((passwd|group|shadow):.*)$", r"\1 extrausers", path.read_text()
         )
         path.write_text(text)
-        (EXTRA / "passwd").write_text(f"eve:x:{uid}:{uid}:Eve:/home/eve:/bin/bash\n")
+        (EXTRA / "passwd").write_text(f"eve:x:{uid}:{uid}:Eve:/home/ldap/eve:/bin/bash\n")
         (EXTRA / "group").write_text(f"eve:x:{uid}:\n{course.group}:x:{uid + 1}:eve\n")
         (EXTRA / "shadow").write_text("eve:*:19000:0:99999:7:::\n")
-        yield pwd.struct_passwd(("eve", "x", uid, uid, "Eve", "/home/eve", "/bin/bash"))
+        yield pwd.struct_passwd(
+            ("eve", "x", uid, uid, "Eve", "/home/ldap/eve", "/bin/bash")
+        )
         for path in EXTRA.iterdir():
             path.unlink()
-        shutil.rmtree("/home/eve", ignore_errors=True)
+        shutil.rmtree("/home/ldap", ignore_errors=True)
 
 
 def test_an_account_of_a_directory_service_gets_a_home_and_its_group_is_used(
@@ -325,7 +373,7 @@ def test_an_account_of_a_directory_service_gets_a_home_and_its_group_is_used(
     done = course.run("setup")
     assert done.returncode == 0, done
     assert f"{course.group} is not in /etc/group" in done.stderr
-    home = Path("/home/eve")
+    home = Path("/home/ldap/eve")
     info = home.stat()
     assert (info.st_mode & 0o777, info.st_uid) == (0o700, directory_service.pw_uid)
     assert (home / "course").is_dir() and (home / ".bashrc").is_file()
