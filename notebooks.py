@@ -3638,9 +3638,6 @@ def delete_public_files(uids: Collection[int]) -> None:
 CERTIFICATE_NAME = "notebooks.pem"
 CERTIFICATE_DAYS = 397  # browsers refuse much longer ones
 CERTIFICATE_WARNING_DAYS = 14
-PEM_CERTIFICATE = re.compile(
-    "-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL
-)
 
 
 class Certificate(NamedTuple):
@@ -3683,20 +3680,20 @@ class Certificate(NamedTuple):
 
     def valid_for(self, days: int) -> bool:
         """Say whether it will still be valid in so many days."""
-        command = ["openssl", "x509", "-noout", "-in", str(self.cert_file)]
         try:
-            run_program([*command, "-checkend", str(days * 86400)])
+            self.ask_openssl("-checkend", str(days * 86400))
         except Error:
             return False
         return True
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 fingerprint that browsers show, or raise UsageError."""
-        match = PEM_CERTIFICATE.search(self.cert_file.read_text("latin-1"))
-        if not match:
-            raise UsageError(f"{self.cert_file}: there is no certificate in it")
-        digest = hashlib.sha256(ssl.PEM_cert_to_DER_cert(match[0]))
-        return digest.digest().hex(":").upper()
+        """Return the SHA-256 fingerprint that browsers show."""
+        return self.ask_openssl("-fingerprint", "-sha256").strip().partition("=")[2]
+
+    def ask_openssl(self, *options: str) -> str:
+        """Return what openssl-x509(1ssl) says of the first certificate in the file."""
+        command = ["openssl", "x509", "-noout", *options, "-in", str(self.cert_file)]
+        return run_program(command)
 
 
 def stable_ipv6_addresses() -> Iterator[str]:
