@@ -2310,12 +2310,8 @@ class Outcome:
         """Have workers do something; yield with whom it worked, and collect the rest."""
         workers = run_workers(function, members)
         for worker in progress(workers, len(members), label):
-            try:
-                value = worker.result()
-            except Error as error:
-                self.failed(worker.member.username, str(error))
-            else:
-                yield worker.member, value
+            with self.step(worker.member.username):
+                yield worker.member, worker.result()
 
     def members(self, students: Sequence[Student]) -> list[Member]:
         """Return those who have an account; the others fail."""
@@ -4194,20 +4190,20 @@ class HelperState(enum.Enum):
     REPLACED = enum.auto()  # we have killed it: the next one is told other things
 
 
+@dataclasses.dataclass(kw_only=True)
 class Helper:
     """Keeps a process of the launcher's running: this script, executed afresh."""
 
-    has_news = True  # it sends more than Ready
-
-    def __init__(self, role: str, course: Path) -> None:
-        self.role = role
-        self.course = course  # its configuration file, for those who look at `ps`
-        self.state = HelperState.NEW
-        self.ready = asyncio.Event()  # set as long as a process can do its work
-        self.child: Child | None = None
+    role: str
+    course: Path  # its configuration file, for those who look at `ps`
+    has_news: bool = True  # it sends more than Ready
+    state: HelperState = HelperState.NEW
+    child: Child | None = None
+    # Set as long as a process can do its work.
+    ready: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
     def greet(self) -> None:
-        """Tell a process that has just been started what it has to know."""
+        """Tell the process what it has to know, at its start or when that changes."""
 
     def handle(self, message: Message) -> None:
         """Take what the process says."""
@@ -4292,11 +4288,7 @@ class Helper:
 class Fork(Process):
     """A process that a template has forked, and may yet report the exit code of."""
 
-    def __init__(
-        self, pid: int, pid_fd: int, report: "asyncio.Future[int] | None" = None
-    ) -> None:
-        super().__init__(pid, pid_fd)
-        self.report = report
+    report: "asyncio.Future[int] | None" = None
 
     async def wait(self) -> int | None:
         """Wait for the end; return the exit code, or None if it is not reported."""
@@ -4308,12 +4300,11 @@ class Fork(Process):
         return self.report.result() if self.report.done() else None
 
 
+@dataclasses.dataclass(kw_only=True)
 class Template(Helper):
     """The launcher's side of a template process: asks for forks, hears of their ends."""
 
-    def __init__(self, role: str, course: Path) -> None:
-        super().__init__(role, course)
-        self.reports: dict[int, asyncio.Future[int]] = {}
+    reports: "dict[int, asyncio.Future[int]]" = dataclasses.field(default_factory=dict)
 
     async def fork(self, order: Message, fds: Sequence[int]) -> Fork:
         """Have a fork take an order; raises Error or OSError. Step 4 of a start."""
@@ -4333,8 +4324,9 @@ class Template(Helper):
         match answer:
             case Forked(pid):
                 (pid_fd,) = received
-                report = self.reports[pid] = asyncio.get_running_loop().create_future()
-                return Fork(pid, pid_fd, report)
+                fork = Fork(pid, pid_fd)
+                fork.report = self.reports[pid] = asyncio.Future()
+                return fork
             case Failed(reason):
                 raise Error(reason)
         raise Error(f"the template process answered {type(answer).__name__}")
@@ -4550,23 +4542,17 @@ class Site(Message):
     ports: dict[str, int]
 
 
+@dataclasses.dataclass(kw_only=True)
 class Webserver(Helper):
-    """The launcher's side of the webserver: owns what the page is told."""
+    """The launcher's side of the webserver."""
 
-    has_news = False  # strangers talk to it: we read nothing once it serves them
-
-    def __init__(self, listener: socket.socket, site: Site, course: Path) -> None:
-        super().__init__("webserver", course)
-        self.listener = listener
-        self.site = site
+    role: str = "webserver"
+    listener: socket.socket
+    site: Callable[[], Site]  # what the page has to show now
+    has_news: bool = False  # strangers talk to it: we read nothing once it serves them
 
     def greet(self) -> None:
-        self.tell(self.site, [self.listener.fileno()])
-
-    def show(self, site: Site) -> None:
-        """Have the page show this from now on."""
-        self.site = site
-        self.greet()
+        self.tell(self.site(), [self.listener.fileno()])
 
 
 def content_security_policy() -> str:
@@ -4743,7 +4729,7 @@ def run_webserver(channel: Channel) -> None:
 # passwords of whoever visits it.
 
 LAUNCHER_TITLE = "notebooks.py: launcher of "  # the configuration file
-MAX_LOOKED_DESCRIPTORS = 1000  # of each process
+MAX_LOOKED_DESCRIPTORS = 1000  # of each process, or it takes long
 SYS_PIDFD_GETFD = 438  # the same on all architectures
 
 
@@ -4788,9 +4774,7 @@ def find_listeners() -> Listeners:
     listeners: Listeners = {}
     for pid in psutil.pids():
         with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
-            for entry in itertools.islice(
-                entries, MAX_LOOKED_DESCRIPTORS
-            ):  # or it takes long
+            for entry in itertools.islice(entries, MAX_LOOKED_DESCRIPTORS):
                 with contextlib.suppress(OSError):
                     port = ports.get(os.readlink(entry.path))
                     if port:
@@ -4838,17 +4822,16 @@ def bind_base_port(config: Config) -> socket.socket:
     try:
         return bind_port(port)
     except OSError as error:
-        launcher = launcher_of(config)
-        if launcher:
+        found = find_launcher(port)
+        if found and is_same_course(found[1], config):
             raise UsageError(
-                f"launch runs already (pid {launcher}); end that, or leave it: `setup`"
+                f"launch runs already (pid {found[0]}); end that, or leave it: `setup`"
                 " brings new students into it"
             ) from None
 
-        other = find_launcher(port)
-        holder = f"the launch of {other[1]}" if other else ""
-        holder = holder or describe_holder(find_listeners(), port)
         reason = os.strerror(error.errno or 0)
+        listeners = find_listeners()
+        holder = f"the launch of {found[1]}" if found else describe_holder(listeners, port)
         raise UsageError(
             f"port {port}: {reason}: {holder}; end that, or set another `port`"
         ) from None
@@ -4934,24 +4917,19 @@ class StartContext:
     slots: asyncio.Semaphore  # of those that start at once
 
 
+@dataclasses.dataclass
 class Server:
     """A student's server: nobody else closes its socket or writes these fields."""
 
-    def __init__(
-        self,
-        member: Member,
-        port: int,
-        listener: socket.socket,
-        process: Fork | None = None,
-    ) -> None:
-        self.member = member
-        self.port = port
-        self.listener = listener
-        self.process = process
-        self.state = ServerState.RUNNING if process else ServerState.STOPPED
-        self.back_off = BackOff()
-        self.settled = asyncio.Event()  # the first start is over, not wanted, or takes long
-        self.task: asyncio.Task[None] | None = None
+    member: Member
+    port: int
+    listener: socket.socket
+    process: Fork | None = None
+    state: ServerState = ServerState.STOPPED
+    back_off: BackOff = dataclasses.field(default_factory=BackOff)
+    # The first start is over, not wanted, or takes long.
+    settled: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    task: "asyncio.Task[None] | None" = None
 
     @classmethod
     def open(
@@ -4969,7 +4947,7 @@ class Server:
             if adopted:
                 listener, process = adopted
                 log.info("%s: adopted, pid %d", username, process.pid)
-                return cls(member, candidate, listener, process)
+                return cls(member, candidate, listener, process, ServerState.RUNNING)
 
         try:
             return cls(member, port, bind_port(port))
@@ -5082,20 +5060,17 @@ class Server:
         order = server_order(context, self)
 
         terminal_fd, slave_fd = os.openpty()
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(os.close, terminal_fd)
             with closing(slave_fd):
                 fds = [self.listener.fileno(), slave_fd]
                 process = await context.template.fork(order, fds)
-        except BaseException:
-            os.close(terminal_fd)
-            raise
 
-        try:
+            failed.pop_all()  # `watch_start` closes the terminal
+            failed.callback(process.close)
+            failed.callback(process.send_signal, signal.SIGKILL)
             await watch_start(terminal_fd, order.url)
-        except BaseException:
-            process.send_signal(signal.SIGKILL)
-            process.close()
-            raise
+            failed.pop_all()
         return process
 
     def check_account(self) -> pwd.struct_passwd:
@@ -5171,13 +5146,14 @@ class Launcher:
     def __init__(
         self, course: Course, certificate: Certificate, base_listener: socket.socket
     ) -> None:
+        path = course.config.path
+        template = Template(role="template", course=path)
         slots = asyncio.Semaphore(os.cpu_count() or 1)
-        template = Template("template", course.config.path)
         self.context = StartContext(course.config, certificate, template, slots)
         self.options = course.options
         self.fingerprint = certificate.fingerprint()
         self.servers: dict[str, Server] = {}
-        self.web = Webserver(base_listener, self.site(), course.config.path)
+        self.web = Webserver(course=path, listener=base_listener, site=self.site)
         self.announced = False
         self.memory = 0  # of all students, in bytes
 
@@ -5234,7 +5210,6 @@ class Launcher:
         # `command_launch` has blocked it: until now it would have ended us.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
-        self.web.show(self.site())
         status = loop.create_task(self.show_status())
         work: list[Any] = [
             *(stop.wait(), self.run_servers(reload_wanted)),
@@ -5341,14 +5316,14 @@ class Launcher:
                 log.error("not reloaded: %s", line)
             # close_servers may have run before the failure: those students are dropped from
             # the page.
-            self.web.show(self.site())
+            self.web.greet()
             return
 
         self.context.config, self.context.certificate = config, certificate
         new = [server for server in self.servers.values() if not server.task]
         for server in new:
             server.start_tending(self.context)
-        self.web.show(self.site())
+        self.web.greet()
         if fingerprint != self.fingerprint:  # only a new process can read another key
             self.fingerprint = fingerprint
             self.web.replace()

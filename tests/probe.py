@@ -106,7 +106,7 @@ def main(config_file: str, username: str) -> None:
     context = notebooks.StartContext(
         config=course.config,
         certificate=notebooks.ensure_certificate(course.config),
-        template=notebooks.Template("template", Path()),
+        template=notebooks.Template(role="template", course=Path()),
         slots=asyncio.Semaphore(),
     )
     server = notebooks.Server(member, port, listener)
