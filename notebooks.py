@@ -734,27 +734,13 @@ def script_command(*arguments: str) -> list[str]:
     return [sys.executable, "-I", "-c", run, __file__, *arguments]
 
 
-def restart_delay(restarts: int) -> float:
-    """Return the seconds to wait after so many restarts before the next."""
-    return min(2.0 ** min(restarts, 10), MAX_RESTART_DELAY_SECONDS)
+def restart_delay(last: float, started: float) -> float:
+    """Return the seconds to wait before something that has ended starts again.
 
-
-class BackOff:
-    """Longer and longer delays between the starts of something that keeps ending."""
-
-    def __init__(self) -> None:
-        self.restarts = 0
-        self.started = time.monotonic()
-
-    def start(self) -> None:
-        self.started = time.monotonic()
-
-    def next_delay(self) -> float:
-        """Return the seconds to wait; what has run for long begins with the shortest."""
-        if time.monotonic() - self.started > MAX_RESTART_DELAY_SECONDS:
-            self.restarts = 0
-        self.restarts += 1
-        return restart_delay(self.restarts - 1)
+    They double while it keeps ending; what has run for long begins with the shortest.
+    """
+    has_run_long = time.monotonic() - started > MAX_RESTART_DELAY_SECONDS
+    return 1.0 if has_run_long else min(max(1.0, 2 * last), MAX_RESTART_DELAY_SECONDS)
 
 
 def release_memory() -> None:
@@ -3846,18 +3832,13 @@ def server_environment(account: pwd.struct_passwd) -> dict[str, str]:
     }
 
 
-def start_dir_of(order: ServerOrder, account: pwd.struct_passwd) -> Path:
-    """Return where the student's notebooks start; the home if that is not there."""
-    start_dir = Path(account.pw_dir, order.start_dir)
-    return start_dir if os.path.isdir(start_dir) else Path(account.pw_dir)
-
-
 def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     """Return the traitlets configuration of a student's server."""
     from jupyter_core.paths import ENV_JUPYTER_PATH, SYSTEM_JUPYTER_PATH
     from traitlets.config import Config as Settings
 
-    config_dir = Path(account.pw_dir, ".jupyter")
+    home = Path(account.pw_dir)
+    start_dir, config_dir = home / order.start_dir, home / ".jupyter"
     # What these took from the template's environment when they were imported.
     lab = {
         "user_settings_dir": str(config_dir / "lab/user-settings"),
@@ -3876,7 +3857,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "custom_display_url": order.url,
             "certfile": order.cert_file,  # for its name; the key was read before
             "default_url": "/tree",
-            "root_dir": str(start_dir_of(order, account)),
+            "root_dir": str(start_dir if os.path.isdir(start_dir) else home),
             "open_browser": False,
             "allow_remote_access": True,
             "cookie_secret": secrets.token_bytes(32),  # no older cookie is good
@@ -4182,14 +4163,6 @@ class Exited(Message):
     code: int
 
 
-class HelperState(enum.Enum):
-    """What is known of a helper process."""
-
-    NEW = enum.auto()  # none has ever been ready
-    PROVEN = enum.auto()  # one that ends is started again
-    REPLACED = enum.auto()  # we have killed it: the next one is told other things
-
-
 @dataclasses.dataclass(kw_only=True)
 class Helper:
     """Keeps a process of the launcher's running: this script, executed afresh."""
@@ -4197,7 +4170,8 @@ class Helper:
     role: str
     course: Path  # its configuration file, for those who look at `ps`
     has_news: bool = True  # it sends more than Ready
-    state: HelperState = HelperState.NEW
+    proven: bool = False  # it has been ready once: if it ends it is started again
+    replaced: bool = False  # we have killed it: the next one is told other things
     child: Child | None = None
     # Set as long as a process can do its work.
     ready: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
@@ -4208,28 +4182,25 @@ class Helper:
     def handle(self, message: Message) -> None:
         """Take what the process says."""
 
-    def cleanup(self) -> None:
-        """Do what has to be done after a process has ended."""
-
     async def run(self) -> None:
         """Keep the process running; raises Error or OSError if it never was ready."""
-        back_off = BackOff()
+        delay = 0.0
         while True:
-            back_off.start()
+            started = time.monotonic()
             reason, detail = "ended", ""
             try:
                 detail = await self.run_once()
             except OSError as error:  # too little memory, or too many processes
-                if self.state is HelperState.NEW:
+                if not self.proven:
                     raise
                 reason = f"could not be started: {explain(error)}"
 
-            if self.state is HelperState.NEW:
+            if not self.proven:
                 raise Error(f"the {self.role} cannot start; what it said is above")
-            if self.state is HelperState.REPLACED:
-                self.state = HelperState.PROVEN
+            if self.replaced:
+                self.replaced = False
                 continue
-            delay = back_off.next_delay()
+            delay = restart_delay(delay, started)
             log.error(
                 "the %s %s; starting it again in %.0f s%s",
                 *(self.role, reason, delay, detail),
@@ -4250,8 +4221,7 @@ class Helper:
                 for fd in fds:
                     os.close(fd)
                 if isinstance(message, Ready):
-                    if self.state is HelperState.NEW:
-                        self.state = HelperState.PROVEN
+                    self.proven = True
                     self.ready.set()
                     if not self.has_news:
                         await wait_readable(child.pid_fd)
@@ -4264,7 +4234,7 @@ class Helper:
             self.ready.clear()
             self.child = None
             code = child.stop(STOP_SECONDS)
-            self.cleanup()
+            clear_rehearsal_homes()
 
         return nonsense or (f" (it {explain_exit(code)})" if code else "")
 
@@ -4281,7 +4251,7 @@ class Helper:
     def replace(self) -> None:
         """Have another process started, which `greet` tells what counts now."""
         if self.child:  # else it is waiting to be started again
-            self.state = HelperState.REPLACED
+            self.replaced = True
             self.child.send_signal(signal.SIGKILL)
 
 
@@ -4332,12 +4302,10 @@ class Template(Helper):
         raise Error(f"the template process answered {type(answer).__name__}")
 
     def handle(self, message: Message) -> None:
-        if isinstance(message, Exited) and message.pid in self.reports:
+        if isinstance(message, Ready):
+            self.reports.clear()  # nobody will report the forks of an earlier process
+        elif isinstance(message, Exited) and message.pid in self.reports:
             self.reports.pop(message.pid).set_result(message.code)
-
-    def cleanup(self) -> None:
-        self.reports.clear()  # nobody will report those
-        clear_rehearsal_homes()
 
 
 def run_template(
@@ -4926,7 +4894,6 @@ class Server:
     listener: socket.socket
     process: Fork | None = None
     state: ServerState = ServerState.STOPPED
-    back_off: BackOff = dataclasses.field(default_factory=BackOff)
     # The first start is over, not wanted, or takes long.
     settled: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     task: "asyncio.Task[None] | None" = None
@@ -4969,10 +4936,6 @@ class Server:
     def username(self) -> str:
         return self.member.username
 
-    @property
-    def uid(self) -> int:
-        return self.member.uid
-
     def update(self, member: Member) -> None:
         """Take what the list says now, which counts from the next start."""
         self.member = member
@@ -4992,20 +4955,22 @@ class Server:
         Step 1 of a start. It is wanted at launch, unless on_demand, and whenever somebody
         connects to its port.
         """
-        wanted = not context.config.on_demand
+        wanted, delay = not context.config.on_demand, 0.0
+        started = time.monotonic()
         while True:
             if not self.process:
                 if not wanted:
                     self.settled.set()
                     await wait_readable(self.listener.fileno())
                 await self.start(context)
-                self.back_off.start()  # not before: a start that fails may take long
+                started = time.monotonic()  # not before: a start that fails may take long
             wanted = False
             self.settled.set()
 
             if self.process:
                 await self.wait_for_end(self.process)
-            await asyncio.sleep(self.back_off.next_delay())
+            delay = restart_delay(delay, started)
+            await asyncio.sleep(delay)
 
     async def wait_for_end(self, process: Fork) -> None:
         """Wait until the server has ended, and say why if it was not idle or told to."""
@@ -5075,8 +5040,9 @@ class Server:
 
     def check_account(self) -> pwd.struct_passwd:
         """Return the account as it is now, perhaps months after launch; raises Error."""
-        account = find_account(self.username)
-        if account is None or account.pw_uid != self.uid or is_expired(self.username):
+        username, uid = self.username, self.member.uid
+        account = find_account(username)
+        if account is None or account.pw_uid != uid or is_expired(username):
             raise Error("the account does not exist, or is closed; run setup")
         if not os.path.isdir(account.pw_dir):
             raise Error(f"{account.pw_dir} is missing; run setup")
@@ -5282,7 +5248,7 @@ class Launcher:
     def watch_memory(self) -> None:
         """Sum up, in a thread that a student may hold up, what their processes hold."""
         while True:
-            uids = [server.uid for server in list(self.servers.values())]
+            uids = [server.member.uid for server in list(self.servers.values())]
 
             total = 0
             for process in itertools.chain(*processes_by_uid(uids).values()):
@@ -5333,7 +5299,7 @@ class Launcher:
         """Return the servers of those who are no students any more."""
         members = [each for each in find_members(roster.students) if each.student.nb_pass]
         uids = {member.username: member.uid for member in members}
-        return [x for x in self.servers.values() if uids.get(x.username) != x.uid]
+        return [x for x in self.servers.values() if uids.get(x.username) != x.member.uid]
 
     async def close_servers(self, servers: Sequence[Server]) -> None:
         """End the servers and kernels of students who left, and give up their ports."""
@@ -5341,7 +5307,7 @@ class Launcher:
             del self.servers[server.username]
         await end_tasks([server.task for server in servers if server.task])
         # At once, since each look goes through all processes of the host.
-        known = {each.uid: {each.process.pid} for each in servers if each.process}
+        known = {x.member.uid: {x.process.pid} for x in servers if x.process}
         await asyncio.to_thread(end_families, known)
         for server in servers:
             server.close()

@@ -59,9 +59,12 @@ def test_ports_are_kept_where_unique_and_in_range_else_the_lowest_free(
 
 
 def test_the_delay_after_failures_doubles_up_to_a_minute() -> None:
-    delays = [notebooks.restart_delay(failures) for failures in range(8)]
-    assert delays == [1, 2, 4, 8, 16, 32, 60, 60]
-    assert notebooks.restart_delay(5000) == 60
+    delays, now = [0.0], time.monotonic()
+    for _ in range(5000):
+        delays.append(notebooks.restart_delay(delays[-1], now))
+    assert delays[1:9] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert delays[-1] == 60
+    assert notebooks.restart_delay(60, now - 61) == 1
 
 
 # ---------------------------------------------------------------------------------------
