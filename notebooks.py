@@ -573,6 +573,16 @@ class Channel(socket.socket):
                 os.close(fd)
             raise
 
+    async def messages(self) -> collections.abc.AsyncIterator[Message]:
+        """Yield what comes until the other side is gone; raises ValueError for nonsense."""
+        with contextlib.suppress(EOFError):
+            while True:
+                await wait_readable(self.fileno())
+                message, fds = self.receive_message()
+                for fd in fds:  # or a helper that was taken over could fill our table
+                    os.close(fd)
+                yield message
+
 
 def is_readable(fd: int, seconds: float = 0) -> bool:
     """Wait until a descriptor can be read, and say whether that has come."""
@@ -4211,23 +4221,16 @@ class Helper:
         """Start the process and hear it out; return what is to be said of its end."""
         self.child = child = Child.execute(self.role, TEMPLATE_HOME, self.course)
 
+        nonsense = ""
         try:
             self.greet()
-            while True:
-                await wait_readable(child.channel.fileno())
-                message, fds = child.channel.receive_message()
-                # Helpers send no descriptors; any that a compromised one sends are closed,
-                # or they would fill our table.
-                for fd in fds:
-                    os.close(fd)
+            async for message in child.channel.messages():
                 if isinstance(message, Ready):
                     self.proven = True
                     self.ready.set()
                     if not self.has_news:
                         await wait_readable(child.pid_fd)
                 self.handle(message)
-        except EOFError:
-            nonsense = ""
         except ValueError as error:
             nonsense = f" ({error})"
         finally:
@@ -4659,15 +4662,7 @@ async def serve_page(
     with contextlib.suppress(OSError):  # the launcher is gone: seen below
         channel.send_message(Ready())
 
-    # Take what the launcher tells until it is gone.
-    while True:
-        await wait_readable(channel.fileno())
-        try:
-            message, fds = channel.receive_message()
-        except EOFError:
-            return
-        for fd in fds:  # the listening socket, again
-            os.close(fd)
+    async for message in channel.messages():  # until the launcher is gone
         application.settings["site"] = message
 
 
@@ -5055,10 +5050,10 @@ def alphabetic(name: str) -> tuple[str, str]:
     return "".join(x for x in letters if not unicodedata.combining(x)), name
 
 
-def visible_address(config: Config) -> str:
-    """Return the host name under which the web page is announced."""
+def visible_address(config: Config, prefix: str = "") -> str:
+    """Return the host name of the web page or, with a prefix, of a student's server."""
     if config.server_address:
-        return config.server_address.replace("{username}.", "")
+        return config.server_address.replace("{username}.", prefix)
     name = socket.getfqdn()
     return socket.gethostname() if name.startswith("localhost") else name
 
@@ -5066,8 +5061,7 @@ def visible_address(config: Config) -> str:
 def server_order(context: StartContext, server: Server) -> ServerOrder:
     """Return what a student's server is told; each has secrets of its own."""
     config, certificate = context.config, context.certificate
-    host = config.server_address.replace("{username}", server.username)
-    host = host or visible_address(config)
+    host = visible_address(config, f"{server.username}.")
 
     return ServerOrder(
         username=server.username,
@@ -5203,14 +5197,12 @@ class Launcher:
             server.start_tending(self.context)
         await asyncio.gather(*(server.settled.wait() for server in servers))
 
-        running = self.count(ServerState.RUNNING)
-        ports = [self.context.config.port, *(server.port for server in servers)]
+        running, config = self.count(ServerState.RUNNING), self.context.config
+        ports = [config.port, *(server.port for server in servers)]
         say(f"{running} of {len(servers)} notebook servers run.")
         say(f"The firewall must let in TCP ports {min(ports)} to {max(ports)}.")
         say(f"Fingerprint of the certificate (SHA-256): {self.fingerprint}")
-        say(
-            f"Ready: https://{visible_address(self.context.config)}:{self.context.config.port}/"
-        )
+        say(f"Ready: https://{visible_address(config)}:{config.port}/")
         self.announced = True
         release_memory()
 
