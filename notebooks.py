@@ -3511,7 +3511,7 @@ def stop_jupyter(
     left = end_families(known, {*itertools.chain(*spared.values())})
     for member in members:
         if left[member.uid]:
-            count = counted(left[member.uid], "process")
+            count = counted(len(left[member.uid]), "process")
             outcome.failed(member.username, f"{count} could not be ended")
 
     for member in hidden:
@@ -3526,34 +3526,31 @@ def stop_jupyter(
 
 def end_families(
     known: dict[int, set[int]], spared: Collection[int] = ()
-) -> dict[int, int]:
+) -> dict[int, list[psutil.Process]]:
     """End processes that are known, by the uid they run under, and their families.
 
     They get SIGTERM, a grace period, then SIGKILL for as long as new ones appear. Returns:
-    for each uid how many are left: 0, unless its processes keep forking.
+    for each uid those that are left: none, unless its processes keep forking.
     """
-
-    def find_families() -> dict[int, list[psutil.Process]]:
+    terminated: set[psutil.Process] = set()
+    start = 0.0
+    while True:
         running = processes_by_uid(known)
-        return {uid: family_of(running[uid], known[uid], spared) for uid in known}
+        families = {uid: family_of(running[uid], known[uid], spared) for uid in known}
+        start = start or time.monotonic()  # not before: a look may take long
+        seconds = time.monotonic() - start
+        if not any(families.values()) or seconds > GRACE_SECONDS * 2:
+            return families
 
-    families = find_families()
-    start = time.monotonic()
-    number = signal.SIGTERM
-    signalled: set[psutil.Process] = set()
-
-    while any(families.values()) and time.monotonic() < start + GRACE_SECONDS * 2:
-        if number == signal.SIGTERM and time.monotonic() > start + GRACE_SECONDS:
-            number = signal.SIGKILL
         for uid, processes in families.items():
             for process in processes:
                 # A second SIGTERM might interrupt what the first has them save.
-                if number == signal.SIGKILL or process not in signalled:
-                    signal_process(process.pid, uid, number)
-                    signalled.add(process)
+                if seconds > GRACE_SECONDS:
+                    signal_process(process.pid, uid, signal.SIGKILL)
+                elif process not in terminated:
+                    signal_process(process.pid, uid, signal.SIGTERM)
+                    terminated.add(process)
         time.sleep(0.1)
-        families = find_families()
-    return {uid: len(processes) for uid, processes in families.items()}
 
 
 def end_account(account: pwd.struct_passwd) -> None:
