@@ -557,17 +557,14 @@ class Channel(socket.socket):
             )
         except ConnectionError:
             data, ancillary = b"", []
-        fds = [
-            int.from_bytes(content[i : i + 4], sys.byteorder)
-            for level, kind, content in ancillary
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-            for i in range(0, len(content), 4)
-        ]
+        fds = array.array("i")
+        for _, _, content in ancillary:  # descriptors: we asked unix(7) for nothing else
+            fds.frombytes(content)
 
         try:
             if not data:
                 raise EOFError
-            return decode_message(data), fds
+            return decode_message(data), fds.tolist()
         except (EOFError, ValueError):
             for fd in fds:  # nobody will know of them
                 os.close(fd)
@@ -4355,16 +4352,15 @@ def report_exits(channel: Channel) -> None:
 
 def fork_on_request(fd: int, become: Callable[..., None]) -> None:
     """Fork a process that takes its order from a channel: step 5 of a start."""
-    try:
-        fork_process(lambda: take_order(Channel(fileno=fd), become), {fd})
-    except OSError as error:
-        with Channel(fileno=fd) as channel, contextlib.suppress(OSError):
-            channel.send_message(Failed(f"cannot fork: {error.strerror}"))
-            # Closing before the order is read would reset the socket and lose this answer.
-            # recv(1) drops the record without keeping its secrets.
-            channel.recv(1)
-        return
-    os.close(fd)
+    with Channel(fileno=fd) as channel:
+        try:
+            fork_process(lambda: take_order(channel, become), {fd})
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                channel.send_message(Failed(f"cannot fork: {error.strerror}"))
+                # Closing before the order is read would reset the socket and lose this
+                # answer. recv(1) drops the record without keeping its secrets.
+                channel.recv(1)
 
 
 def take_order(channel: Channel, become: Callable[..., None]) -> None:
