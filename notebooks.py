@@ -2163,15 +2163,16 @@ class Worker:
 
     def __init__(self, function: Callable[[Member], Any], member: Member) -> None:
         self.member = member
-        self.heard = time.monotonic()
+        self.silence = 0.0  # seconds, as far as we were there to listen
         self.answer: Message | None = None
         self.exit_code = 0
         self.child = Child.fork(lambda channel: work(channel, function, member))
 
-    def is_finished(self, looked: float) -> bool:
-        """Take what it has sent; say if it has ended, or was silent for too long."""
+    def is_finished(self, seconds: float) -> bool:
+        """Take what it has sent in these seconds; say if it has ended, or is stuck."""
+        self.silence += seconds
         while is_readable(self.child.channel.fileno()):
-            self.heard = time.monotonic()
+            self.silence = 0.0
             try:
                 message, _ = self.child.channel.receive_message()
             except (EOFError, ValueError):
@@ -2180,7 +2181,7 @@ class Worker:
             if not isinstance(message, SignOfLife):
                 self.answer = message
 
-        if looked < self.heard + STUCK_SECONDS:
+        if self.silence < STUCK_SECONDS:
             return False
         self.answer = Failed(STUCK, is_stuck=True)
         self.child.stop(0, signal.SIGKILL)
@@ -2233,18 +2234,6 @@ def work(channel: Channel, function: Callable[[Member], Any], member: Member) ->
             channel.send_message(Failed(explain(error)))
 
 
-def excuse_silence(workers: Iterable[Worker], looked: float) -> float:
-    """Give workers time for a sign of life if nobody has looked for long; return the time.
-
-    Our caller may have taken their time, or Ctrl-Z has suspended us and the workers, too.
-    """
-    now = time.monotonic()
-    if now > looked + 3 * HEARTBEAT_SECONDS:
-        for worker in workers:
-            worker.heard = now
-    return now
-
-
 def run_workers(
     function: Callable[[Member], Any], members: Iterable[Member]
 ) -> Iterator[Worker]:
@@ -2260,9 +2249,12 @@ def run_workers(
             channels = [worker.child.channel for worker in workers]
             select.select(channels, [], [], HEARTBEAT_SECONDS)
 
-            looked = excuse_silence(workers, looked)
+            # A long time may be that of our caller, or Ctrl-Z has suspended us and the
+            # workers, too: it counts as a short one.
+            now = time.monotonic()
+            seconds, looked = min(now - looked, 2 * HEARTBEAT_SECONDS), now
             for worker in list(workers):
-                if worker.is_finished(looked):
+                if worker.is_finished(seconds):
                     workers.remove(worker)
                     yield worker
     finally:
@@ -6059,9 +6051,7 @@ def make_parser() -> argparse.ArgumentParser:
         example = f"Example: sudo notebooks.py {name} course.cfg"
         sub = commands.add_parser(name, help=text, description=text, epilog=example)
         text = "configuration file (%(default)s)"
-        sub.add_argument(
-            "config", nargs="?", type=Path, default=Path("notebooks.cfg"), help=text
-        )
+        sub.add_argument("config", nargs="?", type=Path, default="notebooks.cfg", help=text)
         text = "say more; -vv also which programs are run"
         sub.add_argument("-v", "--verbose", action="count", default=0, help=text)
 
