@@ -4686,8 +4686,7 @@ def assign_ports(students: Sequence[Student], base: int) -> dict[str, int]:
     wanted = {each.username: int(each.port or 0) for each in students}
     uses = collections.Counter(wanted.values())
     ports = range(base + 1, base + len(students) + 1)
-    kept = {name: port for name, port in wanted.items() if uses[port] == 1}
-    kept = {name: port for name, port in kept.items() if port in ports}
+    kept = {x: port for x, port in wanted.items() if port in ports and uses[port] == 1}
     free = iter(sorted({*ports} - {*kept.values()}))
     return {name: kept.get(name) or next(free) for name in wanted}
 
@@ -5099,6 +5098,7 @@ class Launcher:
         self.fingerprint = certificate.fingerprint()
         self.servers: dict[str, Server] = {}
         self.web = Webserver(course=path, listener=base_listener, site=self.site)
+        self.reload_wanted = asyncio.Event()
         self.announced = False
         self.memory = 0  # of all students, in bytes
 
@@ -5148,16 +5148,16 @@ class Launcher:
     async def run(self) -> int:
         """Serve until SIGTERM or Ctrl-C, and leave the notebook servers running."""
         loop = asyncio.get_running_loop()
-        stop, reload_wanted = asyncio.Event(), asyncio.Event()
+        stop = asyncio.Event()
         for number in INTERRUPTS:
             loop.add_signal_handler(number, stop.set)
-        loop.add_signal_handler(signal.SIGHUP, reload_wanted.set)
+        loop.add_signal_handler(signal.SIGHUP, self.reload_wanted.set)
         # `command_launch` has blocked it: until now it would have ended us.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
         status = loop.create_task(self.show_status())
         work: list[Any] = [
-            *(stop.wait(), self.run_servers(reload_wanted)),
+            *(stop.wait(), self.run_servers()),
             *(self.context.template.run(), self.web.run()),
         ]
         tasks = [loop.create_task(each) for each in work]
@@ -5174,7 +5174,7 @@ class Launcher:
             return Interrupted.exit_status
         return 1 if self.count(ServerState.FAILED) else 0
 
-    async def run_servers(self, reload_wanted: asyncio.Event) -> NoReturn:
+    async def run_servers(self) -> NoReturn:
         """Start what has to run from the beginning, tell the teacher, then reload."""
         await asyncio.gather(self.context.template.ready.wait(), self.web.ready.wait())
         servers = list(self.servers.values())
@@ -5192,13 +5192,9 @@ class Launcher:
         release_memory()
 
         while True:
-            await reload_wanted.wait()
-            reload_wanted.clear()
-            try:
-                await self.reload()
-            except BusyError:  # the setup that has told us still holds the list
-                reload_wanted.set()
-                await asyncio.sleep(1)
+            await self.reload_wanted.wait()
+            self.reload_wanted.clear()
+            await self.reload()
 
     def count(self, state: ServerState) -> int:
         return sum(server.state is state for server in self.servers.values())
@@ -5237,7 +5233,7 @@ class Launcher:
     async def reload(self) -> None:
         """Read the configuration and the list again; servers that run stay untouched.
 
-        If either is bad all goes on as before, but for who has left. Raises: BusyError.
+        If either is bad all goes on as before, but for who has left.
         """
         try:
             course = load_course(self.context.config.path)
@@ -5252,8 +5248,10 @@ class Launcher:
                 gone = self.servers_not_in(course.roster)
                 await self.close_servers(gone)
                 self.open_servers(course)
-        except BusyError:
-            raise
+        except BusyError:  # the setup that has told us still holds the list
+            self.reload_wanted.set()
+            await asyncio.sleep(1)
+            return
         except (Error, OSError) as error:
             for line in explain(error).splitlines():
                 log.error("not reloaded: %s", line)
