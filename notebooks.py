@@ -4332,11 +4332,8 @@ def run_template(
 
 def report_exits(channel: Channel) -> None:
     """Reap the forks that have ended, and report them."""
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            pid, wait_status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
+    with contextlib.suppress(ChildProcessError):  # there is none any more
+        for pid, wait_status in iter(lambda: os.waitpid(-1, os.WNOHANG), (0, 0)):
             code = os.waitstatus_to_exitcode(wait_status)
             with contextlib.suppress(OSError):  # the launcher is gone
                 channel.send_message(Exited(pid, code))
