@@ -96,6 +96,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import mimetypes
 import os
 import pwd
@@ -343,12 +344,17 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
 
 
 def run_as(
-    identity: "Identity", argv: Sequence[str], max_bytes: int = -1, **streams: int
+    identity: "Identity",
+    argv: Sequence[str],
+    seconds: float = math.inf,
+    max_bytes: int = -1,
+    **streams: int,
 ) -> bool:
-    """Run a program with a user's ids, and say if it succeeded; its words are not kept.
+    """Run a program with a user's ids, and say if it succeeded; Ctrl-C ends it.
 
     It belongs to that user: so it holds nothing but its streams, and is ended when they
-    have stopped it. max_bytes: what it may write into a file. Raises: StuckError.
+    have stopped it. What it says is not kept: students can make that as long as they like.
+    max_bytes: what it may write into a file. Raises: StuckError.
     """
     log.debug("running %s", shlex.join(argv))
     null = subprocess.DEVNULL
@@ -366,15 +372,16 @@ def run_as(
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes,) * 2),
     )
 
-    work, moved = 0.0, time.monotonic()
+    work, started = 0.0, time.monotonic()
+    moved = started
     try:
-        while process.poll() is None:
-            time.sleep(POLL_SECONDS)
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(HEARTBEAT_SECONDS) == 0
             if work != (work := cpu_seconds(process.pid)):
                 moved = time.monotonic()
-            if time.monotonic() > moved + STUCK_SECONDS:
-                raise StuckError(STUCK)
-        return process.returncode == 0
+            if time.monotonic() > min(moved + STUCK_SECONDS, started + seconds):
+                raise StuckError(f"{shlex.join(argv[:2])}: {STUCK}")
     finally:
         if process.poll() is None:  # stuck, or we were interrupted
             os.killpg(process.pid, signal.SIGKILL)
@@ -383,7 +390,7 @@ def run_as(
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return what a process and its children have computed; reads of a disk count, too."""
+    """Return what a process and its children have computed, or have waited for a disk."""
     total = 0.0
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
@@ -394,22 +401,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 def run_deletion(*argv: str) -> None:
-    """Run find(1) or rm(1), which may take long; Ctrl-C ends it. Raises Error."""
-    log.debug("running %s", shlex.join(argv))
-    # What it says is not kept: students can make it as long as they like.
-    null = subprocess.DEVNULL
-    path = {"PATH": PROGRAM_PATH}
-    process = subprocess.Popen(
-        argv, stdin=null, stdout=null, stderr=null, cwd="/", env=path
-    )
-
-    try:
-        if process.wait(DELETE_SECONDS):
-            raise Error(f"{shlex.join(argv[:2])} could not delete everything")
-    except subprocess.TimeoutExpired:
-        raise Error(f"{shlex.join(argv[:2])} does not end") from None
-    finally:
-        process.kill()  # we do not wait for it: it may be stuck in the kernel
+    """Run find(1) or rm(1) as root; raises Error if not all could be deleted."""
+    if not run_as(identity_of(pwd.getpwuid(0)), argv, DELETE_SECONDS):
+        raise Error(f"{shlex.join(argv[:2])} could not delete everything")
 
 
 @contextlib.contextmanager
@@ -3188,7 +3182,7 @@ def pack_home(member: Member, fd: int, max_bytes: int) -> None:
     pack = ["tar", "--create", "--gzip", "--sparse", "--one-file-system", "--file=-"]
     pack += [f"--directory={member.home}", "."]
 
-    if not run_as(member.identity, pack, max_bytes, stdout=fd):
+    if not run_as(member.identity, pack, max_bytes=max_bytes, stdout=fd):
         if os.fstat(fd).st_size >= max_bytes:
             raise Error("not deleted: the archive would be larger than archive_limit")
         raise Error(
