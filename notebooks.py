@@ -121,14 +121,7 @@ import traceback
 import unicodedata
 import urllib.parse
 import warnings
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn, TypeVar, dataclass_transform
 
@@ -1607,6 +1600,7 @@ class Roster:
                 f", with commas, semicolons or tabs between; found {found}, no `username`"
             )
             return
+
         for name in COLUMNS:
             if header.count(name) > 1:
                 last = titles[::-1][header[::-1].index(name)]
@@ -1623,6 +1617,7 @@ class Roster:
                 )
             for problem in student_problems(student):
                 yield f"{where}: {problem}"
+
             first = first_lines.setdefault(student.username or str(row.line), row.line)
             if first != row.line:
                 yield f"{where}: the name {student.username!r} is on line {first} too"
@@ -1664,6 +1659,7 @@ class Roster:
                 f"was read as {document.encoding}, as in {next(names, 'its header')!r}; if"
                 " that is wrong, save it as `CSV UTF-8`"
             )
+
         for title, column in zip(self.titles, document.header, strict=False):
             if column == "(password)" and not all(x.nb_pass for x in students):
                 yield (
@@ -1769,10 +1765,12 @@ def load_course(path: Path, options: Options = Options()) -> Course:
     names = list(filter(None, roster.rows))
     problems += roster.problems()
     problems += exposed(config, names)
+
     if config.group and config.group in roster:
         problems.append(f"{path}: [Setup] group = {config.group}: is a student's name")
     for name in sorted((options.only or frozenset()).difference(names)):
         problems.append(f"--only {name}: is not in {roster.path}; {nearest(name, names)}")
+
     if problems:
         raise UsageError("\n".join(problems))
     if not roster.rows:
@@ -2066,6 +2064,7 @@ def uid_options(home: Path) -> list[str]:
         for entry in entries:
             with contextlib.suppress(OSError):  # a file system of theirs, in their home
                 left_over.add(entry.stat(follow_symlinks=False).st_uid)
+
     if all(map(has_account, left_over)):
         return []  # useradd knows best
     free = (uid for uid in uids if uid not in left_over and not has_account(uid))
@@ -2602,6 +2601,7 @@ def can_hold(name: str, directory_fd: int) -> bool:
         os.close(os.open(name, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd))
     except OSError:
         return False
+
     try:
         return differs or not is_there(alias, directory_fd)
     finally:
@@ -3159,6 +3159,7 @@ def archive_home(config: Config, member: Member) -> bool:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=directory_fd)
             fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd)
+
         try:
             with closing(fd):
                 pack_home(member, fd, config.archive_limit)
@@ -3179,6 +3180,7 @@ def pack_home(member: Member, fd: int, max_bytes: int) -> None:
     """Write the archive of a home into a file, and read it again; raises Error."""
     # Directories that they have closed are theirs, and their end is near.
     run_as(member.identity, ["chmod", "--recursive", "u+rwX", "--", str(member.home)])
+
     pack = ["tar", "--create", "--gzip", "--sparse", "--one-file-system", "--file=-"]
     pack += [f"--directory={member.home}", "."]
 
@@ -3191,6 +3193,7 @@ def pack_home(member: Member, fd: int, max_bytes: int) -> None:
         )
     os.fsync(fd)
     os.lseek(fd, 0, os.SEEK_SET)
+
     if not run_as(member.identity, ["tar", "--list", "--gzip", "--file=-"], stdin=fd):
         raise Error("not deleted: the archive cannot be read again; is the disk broken?")
 
@@ -5423,7 +5426,6 @@ def make_usernames(course: Course) -> None:
 
 def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student]) -> int:
     """Fill the empty password cells; return how many accounts of ours lose an old one."""
-
     renewed = 0
     for student in students:
         if not student.nb_pass:
@@ -5435,6 +5437,7 @@ def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student
                 run_program(["usermod", "--password", "!", "--", student.username])
                 renewed += 1
             roster.update(student.username, sys_pass=make_password(config.password_length))
+
     roster.save()
     return renewed
 
@@ -5609,6 +5612,7 @@ def look_at_material(
     told: dict[str, list[str]] = {}
     usernames = [student.username for student in course.students if student.username]
     names = {config.of(username).material_dir: username for username in usernames}
+
     for own, username in names.items():
         look = MaterialLook(reader, reader, dry_run=True, recorded=False, follows=True)
         look.wanted, look.forbidden = config.is_wanted, private
@@ -5641,6 +5645,7 @@ def send_to(
         dry_run=dry_run,
         follows=True,
     )
+
     look = looks.get(config.material_dir)
     if look:
         copy.wanted = lambda path: look.wanted(path) and path not in look.left_out
@@ -5720,6 +5725,7 @@ def copy_for_all(course: Course, label: str, copy: Callable[[Member], CopyReport
             if report.renamed:
                 text = "%s: the storage cannot hold each name as it is: %s"
                 log.warning(text, member.username, report.named)
+
             if report.problem:
                 outcome.failed(member.username, report.problem)
             total.add(report)
