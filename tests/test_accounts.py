@@ -703,11 +703,11 @@ def test_an_interrupted_remove_is_finished_by_the_next_one(
     make_course: CourseMaker, signum: signal.Signals
 ) -> None:
     before = snapshot()
-    course = make_course(8)
+    course = make_course(20)
     course.check("setup")
     process = start("remove", "--yes", config=course.config)
     try:
-        wait_until(lambda: not exists(course.students[1]), 20, "a deleted account")
+        wait_until(lambda: not exists(course.students[0]), 20, "a deleted account")
     finally:
         interrupt(process, signum)
     assert process.returncode in (-signum, 130)
