@@ -1824,15 +1824,38 @@ def mark_of(config: Config) -> CourseMark:
     return CourseMark(config.path, config.path.parent.stat().st_ino)
 
 
+class Claims:
+    """The courses that an account's mark names, its owner first, as one of them sees it."""
+
+    def __init__(self, account: pwd.struct_passwd, config: Config) -> None:
+        self.marks = read_mark(account)[1] if is_ours(account) else []
+        self.places = {mark: find_course(mark, config) for mark in self.marks}
+        self.mine = [x for x in self.marks if is_same_course(self.places[x], config)]
+        self.gone = [x for x in self.marks if not self.places[x]]
+
+        # A course that is gone counts if the account is in a group that may be of that
+        # course, which is elsewhere now, or not mounted.
+        self.groups = ordinary_groups(account.pw_name) - {config.group}
+        self.valid = [x for x in self.marks if self.groups or x not in self.gone]
+
+    @property
+    def others(self) -> list[str]:
+        """What says that other courses have the account: their files, or groups."""
+        if not self.marks:  # version 1.0.0 left nothing but the group
+            return [f"group {group}" for group in self.groups]
+        hint = f" (gone; if for good, delete the group {' or '.join(self.groups)})"
+        others = [x for x in self.valid if x not in self.mine]
+        return [f"{x.path}{hint if x in self.gone else ''}" for x in others]
+
+
 def find_course(mark: CourseMark, config: Config) -> Path | None:
     """Return where the configuration file of a course is now, or None if that is unknown.
 
     A directory keeps its inode when it is moved: so this course is known at another path,
     and another one that is where it was before.
     """
-    ours = mark_of(config)
-    if mark.inode == ours.inode:
-        return ours.path.with_name(mark.path.name)
+    if mark.inode == mark_of(config).inode:
+        return config.path.with_name(mark.path.name)
     try:
         is_there = mark.path.is_file() and mark.path.parent.stat().st_ino == mark.inode
     except OSError:  # a disk that does not answer
@@ -1851,59 +1874,30 @@ def is_same_course(path: Path | None, config: Config) -> bool:
         return False
 
 
-def is_this(mark: CourseMark, config: Config) -> bool:
-    return is_same_course(find_course(mark, config), config)
-
-
-def courses_of(account: pwd.struct_passwd, config: Config) -> list[CourseMark]:
-    """Return the courses that have an account, its owner first.
-
-    One that is gone counts if the account is in a group that may be of that course, which
-    is elsewhere now, or not mounted.
-    """
-    is_elsewhere = bool(ordinary_groups(account.pw_name) - {config.group})
-    courses = read_mark(account)[1]
-    return [x for x in courses if is_elsewhere or find_course(x, config)]
-
-
 def is_owned(account: pwd.struct_passwd | None, config: Config) -> bool:
     """Say whether this course owns an account: it made it, or nobody else has it now."""
     if account is None or not is_ours(account):
         return False
-    courses = courses_of(account, config)
-    return not courses or is_this(courses[0], config)
-
-
-def other_claims(account: pwd.struct_passwd, config: Config) -> list[str]:
-    """Return what says that other courses have an account: their files, or groups.
-
-    Version 1.0.0 left nothing but the group.
-    """
-    groups = ordinary_groups(account.pw_name) - {config.group}
-    if not read_mark(account)[1]:
-        return [f"group {group}" for group in groups]
-
-    others = [x for x in courses_of(account, config) if not is_this(x, config)]
-    hint = f" (gone; if for good, delete the group {' or '.join(groups)})"
-    return [f"{x.path}{'' if find_course(x, config) else hint}" for x in others]
+    claims = Claims(account, config)
+    return not claims.valid or claims.valid[0] in claims.mine
 
 
 def reason_to_stay(member: Member, config: Config) -> str:
     """Return why remove does not delete an account; nothing if it does."""
     if not member.is_ours:
         return "was not made by setup"
-    claims = other_claims(member.account, config)
-    return f"is in {', '.join(claims)}, too" if claims else ""
+    others = Claims(member.account, config).others
+    return f"is in {', '.join(others)}, too" if others else ""
 
 
 def check_group(course: Course) -> None:
     """Refuse a group that another course has; raises UsageError."""
     config = course.config
     for account in filter(None, map(find_account, group_members(config.group))):
-        marks = read_mark(account)[1] if is_ours(account) else []
+        claims = Claims(account, config)
         is_known = account.pw_name in course.roster  # else a course was here that has moved
-        others = [x for x in marks if not is_known or find_course(x, config)]
-        if others and not any(is_this(mark, config) for mark in marks):
+        others = [x for x in claims.marks if not is_known or x not in claims.gone]
+        if others and not claims.mine:
             raise UsageError(
                 f"{config.path}: [Setup] group = {config.group}: is the group of the course"
                 f" {others[0].path}, as of {account.pw_name}; give this course its own"
@@ -1962,42 +1956,33 @@ def ensure_account(student: Student, config: Config) -> str:
 
 def join_course(account: pwd.struct_passwd, config: Config) -> None:
     """Have an account's mark name this course, perhaps in place of one that is gone."""
-    _, marks = read_mark(account)
-    ours = [mark for mark in marks if is_this(mark, config)]
-    if ours and find_course(ours[0], config) == ours[0].path:
+    claims = Claims(account, config)
+    if any(claims.places[mark] == mark.path for mark in claims.mine[:1]):
         return
 
-    gone = [mark for mark in marks if may_replace(mark, account, config)]
-    for mark in [*ours, *gone][:1]:
+    # It may be this one that is gone, or one that does not count any more.
+    is_member = account.pw_name in group_members(config.group)
+    gone = claims.gone if is_member or not claims.groups else []
+    marks = claims.marks.copy()
+    for mark in [*claims.mine, *gone][:1]:
         log.warning("%s: taken over from %s, which is gone", account.pw_name, mark.path)
         marks[marks.index(mark)] = mark_of(config)
-    set_mark(account, [*marks, *({mark_of(config)} - {*marks})])
-
-
-def may_replace(mark: CourseMark, account: pwd.struct_passwd, config: Config) -> bool:
-    """Say whether a course that is gone is this one, or none that still has the account."""
-    is_member = account.pw_name in group_members(config.group)
-    is_gone = find_course(mark, config) is None
-    return is_gone and (is_member or mark not in courses_of(account, config))
+    set_mark(account, dict.fromkeys([*marks, mark_of(config)]))
 
 
 def leave_course(member: Member, config: Config, roster: Roster) -> None:
     """Undo what setup did for a member whose account stays."""
     roster.update(member.username, nb_pass="", port="")
     account = find_account(member.username) or member.account
-    marks = read_mark(account)[1] if member.is_ours else []
-    others = [mark for mark in marks if not is_this(mark, config)]
-    if marks and others == marks:
+    claims = Claims(account, config)
+    if claims.marks and not claims.mine:
         return  # this is a copy of a course: another one, with no part in its group
 
+    others = [mark for mark in claims.marks if mark not in claims.mine]
     if others:
         set_mark(account, others)
-    leave_group(member.username, config)
-
-
-def leave_group(username: str, config: Config) -> None:
-    if is_local_group(config.group) and username in group_members(config.group):
-        run_program(["gpasswd", "--delete", username, config.group])
+    if is_local_group(config.group) and member.username in group_members(config.group):
+        run_program(["gpasswd", "--delete", member.username, config.group])
 
 
 def set_mark(account: pwd.struct_passwd, courses: Iterable[CourseMark]) -> None:
@@ -3472,7 +3457,7 @@ def look_for_jupyter(
     hidden = []
 
     def find(member: Member) -> tuple[list[int], list[int]]:
-        return find_roots(running[member.uid], other_claims(member.account, config))
+        return find_roots(running[member.uid], Claims(member.account, config).others)
 
     for worker in run_workers(find, busy):
         member = worker.member
@@ -4881,7 +4866,7 @@ class Server:
             raise Error("has no nb-pass; run setup first")
 
         port = ports[username]
-        others = other_claims(member.account, config)
+        others = Claims(member.account, config).others
         for candidate in {port, int(student.port or port)}:
             adopted = take_listener(listeners, candidate, member.uid, others)
             if adopted:
