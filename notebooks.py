@@ -2470,28 +2470,35 @@ class CopyRecord:
         except (LookupError, TypeError, ValueError):
             return None
 
-    def add(self, path: Path, copied: Copied) -> None:
-        self.copied[str(path)] = copied
-
-    def save(self, directory_fd: int, mode: int) -> None:
+    def save(self, directory_fd: int, writer: Identity, mode: int) -> None:
         """Write the file, whole at any time, if anything is new in it; raises OSError."""
         if self.copied == self.saved:
             return
-        temporary = PART_PREFIX + secrets.token_hex(8)
-        fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd)
 
-        try:
-            with open(fd, "w") as file:
-                with contextlib.suppress(PermissionError):  # a file system without modes
-                    os.fchmod(fd, mode)
+        with temporary_file(directory_fd, writer) as (fd, temporary):
+            with open(fd, "w", closefd=False) as file:
                 json.dump(self.copied, file)
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                os.fchmod(fd, mode)
             os.rename(
                 temporary, RECORD_NAME, src_dir_fd=directory_fd, dst_dir_fd=directory_fd
             )
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=directory_fd)
-            raise
+
+
+@contextlib.contextmanager
+def temporary_file(
+    directory_fd: int, writer: Identity, name: str = ""
+) -> Iterator[tuple[int, str]]:
+    """Make a file that is to be renamed when it is whole; else it is deleted at the end."""
+    name = name or PART_PREFIX + secrets.token_hex(8)
+    with acting_as(writer):
+        fd = os.open(name, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd)
+    try:
+        with closing(fd):
+            yield fd, name
+    finally:
+        with acting_as(writer), contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=directory_fd)
 
 
 def real_path(fd: int) -> Path:
@@ -2576,21 +2583,16 @@ def is_there(name: str, directory_fd: int) -> bool:
     return True
 
 
-def can_hold(name: str, directory_fd: int) -> bool:
+def can_hold(name: str, directory_fd: int, writer: Identity) -> bool:
     """Ask a file system whether it has place for a name, and takes no other for it."""
     alias = name.rstrip(". ").swapcase()
-    try:
+    with contextlib.suppress(OSError):
         if not AWKWARD.search(name):
             return not is_there(name, directory_fd)  # where A is a, it may be
         differs = alias == name or is_there(alias, directory_fd)
-        os.close(os.open(name, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd))
-    except OSError:
-        return False
-
-    try:
-        return differs or not is_there(alias, directory_fd)
-    finally:
-        os.unlink(name, dir_fd=directory_fd)
+        with temporary_file(directory_fd, writer, name):
+            return differs or not is_there(alias, directory_fd)
+    return False
 
 
 def free_name(pattern: str, name: str, directory_fd: int) -> str:
@@ -2689,20 +2691,17 @@ class TreeCopy:
             try:
                 self.copy_directory(source_fd, destination_fd, Path())
             finally:
-                self.save_record(destination_fd)
+                if self.recorded and not self.dry_run:
+                    mode = 0o600 | self.mode & 0o066
+                    with acting_as(self.writer), contextlib.suppress(IsADirectoryError):
+                        self.record.save(destination_fd, self.writer, mode)
         return self.report
 
-    def save_record(self, directory_fd: int) -> None:
-        if self.recorded and not self.dry_run:
-            with acting_as(self.writer), contextlib.suppress(IsADirectoryError):
-                self.record.save(directory_fd, 0o600 | self.mode & 0o066)
-
     def open_destination(self, destination: Path, parts: Iterable[str]) -> int:
-        create = not self.dry_run
         try:
-            return open_directory(destination, parts, self.writer, create)
+            return open_directory(destination, parts, self.writer, not self.dry_run)
         except Error:
-            if create:
+            if not self.dry_run:
                 raise
             return os.open(NOWHERE, os.O_PATH | os.O_CLOEXEC)
 
@@ -2757,7 +2756,7 @@ class TreeCopy:
         with acting_as(self.writer):
             # A dry run does not ask: the file is new under either name.
             is_new = not is_there(other, directory_fd)
-            if is_new and (self.dry_run or can_hold(path.name, directory_fd)):
+            if is_new and (self.dry_run or can_hold(path.name, directory_fd, self.writer)):
                 return path.name
         self.report.name("renamed", path, f" is {other!r}")
         return other
@@ -2905,7 +2904,8 @@ class TreeCopy:
         return Change.KEPT
 
     def remember(self, item: Item, digest: str, destination: Stamp) -> None:
-        self.record.add(item.path, Copied(digest, stamp_of(item.info), destination))
+        copied = Copied(digest, stamp_of(item.info), destination)
+        self.record.copied[str(item.path)] = copied
 
     def copy_file(self, item: Item) -> None:
         """Copy a file unless the destination has it; again, if it changes meanwhile."""
@@ -2982,26 +2982,17 @@ class TreeCopy:
 
     def write_file(self, item: Item, change: Change) -> bool:
         """Write a file under another name, then rename it to its own; return if it did."""
-        info, directory_fd = item.info, item.destination_fd
-        temporary = PART_PREFIX + secrets.token_hex(8)
-        new_fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd)
+        info = item.info
+        with temporary_file(item.destination_fd, self.writer) as (new_fd, temporary):
+            os.lseek(item.fd, 0, os.SEEK_SET)
+            copied = copy_data(item.fd, new_fd, info.st_size)
+            if stamp_of(os.fstat(item.fd)) != stamp_of(info) and self.patience > 0:
+                return False
 
-        with closing(new_fd):
-            try:
-                os.lseek(item.fd, 0, os.SEEK_SET)
-                copied = copy_data(item.fd, new_fd, info.st_size)
-
-                if stamp_of(os.fstat(item.fd)) != stamp_of(info) and self.patience > 0:
-                    os.unlink(temporary, dir_fd=directory_fd)
-                    return False
-                with contextlib.suppress(PermissionError):  # a file system without modes
-                    os.utime(new_fd, ns=(info.st_mtime_ns, info.st_mtime_ns))
-                    os.fchmod(new_fd, info.st_mode & 0o777 | 0o600 | self.mode & 0o066)
-                self.replace(item, change, temporary)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):  # it is renamed already
-                    os.unlink(temporary, dir_fd=directory_fd)
-                raise
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                os.utime(new_fd, ns=(info.st_mtime_ns, info.st_mtime_ns))
+                os.fchmod(new_fd, info.st_mode & 0o777 | 0o600 | self.mode & 0o066)
+            self.replace(item, change, temporary)
 
             self.report.copied_bytes += copied
             digest = self.digest_of(info, new_fd)
@@ -3140,24 +3131,17 @@ def archive_home(config: Config, member: Member) -> bool:
         temporary = PART_PREFIX + name  # the same one as that of a remove that was killed
 
     with closing(directory_fd):
-        with acting_as(writer):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=directory_fd)
-            fd = os.open(temporary, TEMPORARY_FLAGS, 0o600, dir_fd=directory_fd)
+        with acting_as(writer), contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=directory_fd)
 
-        try:
-            with closing(fd):
-                pack_home(member, fd, config.archive_limit)
+        with temporary_file(directory_fd, writer, temporary) as (fd, _):
+            pack_home(member, fd, config.archive_limit)
             with acting_as(writer):
                 with contextlib.suppress(FileNotFoundError):
                     kept = free_name(KEPT_COPY, name, directory_fd)
                     os.rename(name, kept, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
                 os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
                 os.fsync(directory_fd)
-        except BaseException:
-            with acting_as(writer), contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=directory_fd)
-            raise
     return True
 
 
@@ -5554,9 +5538,7 @@ class MaterialLook(TreeCopy):
         self.told.setdefault(what, []).append(f"{name!r}{reason}")
 
     def copy_file(self, item: Item) -> None:
-        key = item.info.st_dev, item.info.st_ino, stamp_of(item.info)
-        if key not in self.digests:
-            self.digests[key] = digest_file(item.fd)
+        self.digest_of(item.info, item.fd)  # kept, for the copies
         if item.path.suffix == ".ipynb":
             with contextlib.suppress(ValueError, AttributeError, RecursionError):
                 notebook = json.loads(os.pread(item.fd, MAX_NOTEBOOK_BYTES, 0))
