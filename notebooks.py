@@ -5813,13 +5813,13 @@ def command_remove(course: Course) -> int:
     config, roster = course.config, course.roster
     roster.check_writable()
     warn_of_strays(course)
-    is_doomed = ask_before_removal(course, find_members(course.students))
+    reasons = ask_before_removal(course, find_members(course.students))
 
     outcome = Outcome()
     with host_locked(), roster.locked():
         # What has changed since the question: fewer may be deleted, but no others.
-        members = [x for x in find_members(roster.students) if x.username in is_doomed]
-        others = [member for member in members if not is_doomed[member.username]]
+        members = [x for x in find_members(roster.students) if x.username in reasons]
+        others = [member for member in members if reasons[member.username]]
         doomed = [x for x in members if x not in others and may_go(x, config)]
         deleted = delete_accounts(doomed, config, roster, outcome)
         leave_members(others, config, roster, outcome)
@@ -5831,16 +5831,25 @@ def command_remove(course: Course) -> int:
     )
 
 
-def ask_before_removal(course: Course, members: Sequence[Member]) -> dict[str, bool]:
-    """Say what remove will do, and ask; return whether each account is to be deleted."""
-    is_doomed = {x.username: not reason_to_stay(x, course.config) for x in members}
+def ask_before_removal(course: Course, members: Sequence[Member]) -> dict[str, str]:
+    """Say what remove will do, and ask; return why each account stays, if it does."""
+    reasons = {x.username: reason_to_stay(x, course.config) for x in members}
+    doomed = {x.username: x for x in members if not reasons[x.username]}
+    for username in filter(reasons.get, reasons):
+        say(f"{username} {reasons[username]}: it only leaves the course.")
+
+    here = {user.name for user in psutil.users()}.intersection(doomed)
+    if here:
+        say(f"Logged in at this moment: {', '.join(sorted(here))}.")
     if members:
-        describe_removal(course.config, members)
-    if any(is_doomed.values()) and not course.options.yes:
-        accounts = counted(sum(is_doomed.values()), "account")
-        question = f"Delete {accounts} and everything in their homes?"
+        describe_homes(course.config, list(doomed.values()))
+
+    if doomed and not course.options.yes:
+        question = (
+            f"Delete {counted(len(doomed), 'account')} and everything in their homes?"
+        )
         confirm(question, "nothing was deleted")
-    return is_doomed
+    return reasons
 
 
 def may_go(member: Member, config: Config) -> bool:
@@ -5942,19 +5951,6 @@ def walk_files(
                 elif len(path.parts) < MAX_DEPTH:
                     inner = os.open(entry.name, DIRECTORY_FLAGS, dir_fd=fd)
                     yield from walk_files(inner, path / entry.name, deadline)
-
-
-def describe_removal(config: Config, members: Sequence[Member]) -> None:
-    """Say what remove will do, and what would be lost."""
-    for member in members:
-        reason = reason_to_stay(member, config)
-        if reason:
-            say(f"{member.username} {reason}: it only leaves the course.")
-    ours = {x.username: x for x in members if not reason_to_stay(x, config)}
-    here = {user.name for user in psutil.users()}.intersection(ours)
-    if here:
-        say(f"Logged in at this moment: {', '.join(sorted(here))}.")
-    describe_homes(config, list(ours.values()))
 
 
 def describe_homes(config: Config, members: Sequence[Member]) -> None:
