@@ -5414,31 +5414,22 @@ def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student
 def set_missing_passwords(
     config: Config, students: Iterable[Student], outcome: Outcome
 ) -> None:
-    """Give our accounts without a system password the one in the list, through one pipe.
+    """Give our accounts without a system password the one in the list, through pipes.
 
     PAM may refuse one: that student fails, with its words, and the others have theirs.
     """
-    missing = {
-        student: f"{student.username}:{student.sys_pass}\n"
-        for student in students
+    for student in students:
         # `!` before a password is something else: somebody has locked that account.
-        if read_shadow(student.username)[1:2] == ["!"]
-        and is_owned(find_account(student.username), config)
-    }
-    try:
-        run_program(["chpasswd"], "".join(missing.values()))
-        return
-    except Error:
-        log.debug("one after another, to see whose password is refused")
+        is_missing = read_shadow(student.username)[1:2] == ["!"]
+        if not is_missing or not is_owned(find_account(student.username), config):
+            continue
 
-    for student, line in missing.items():
-        if read_shadow(student.username)[1:2] == ["!"]:
-            with outcome.step(student.username):
-                try:
-                    run_program(["chpasswd"], line)
-                except Error as error:
-                    where = f"line {student.line} of the list"
-                    raise Error(f"the sys-pass in {where} is refused: {error}") from None
+        with outcome.step(student.username):
+            try:
+                run_program(["chpasswd"], f"{student.username}:{student.sys_pass}\n")
+            except Error as error:
+                where = f"line {student.line} of the list"
+                raise Error(f"the sys-pass in {where} is refused: {error}") from None
 
 
 def ensure_accounts(
