@@ -5613,39 +5613,29 @@ def send_to(
     return copy
 
 
-class SendPlan(Message):
-    """What a send would need and replace in one home."""
-
-    device: int
-    free_bytes: int
-    needed_bytes: int
-    report: CopyReport
-
-
 def plan_send(course: Course, looks: Mapping[Path, MaterialLook]) -> None:
     """Make sure that there is room, and that nobody's work is replaced unawares.
 
     Raises: UsageError; nothing was copied.
     """
 
-    def plan(member: Member) -> SendPlan:
+    def plan(member: Member) -> tuple[int, int, int, CopyReport]:
         copy = send_to(course, looks, member, dry_run=True)
         # Of one descriptor: a student may mount something on their home at any moment.
         with closing(open_directory(member.home, (), member.identity)) as fd:
-            space = os.fstatvfs(fd)
-            free_bytes = space.f_bavail * space.f_frsize
-            device = os.fstat(fd).st_dev
-        return SendPlan(device, free_bytes, copy.needed_bytes, copy.report)
+            space, device = os.fstatvfs(fd), os.fstat(fd).st_dev
+        return device, space.f_bavail * space.f_frsize, copy.needed_bytes, copy.report
 
     needed: dict[int, int] = collections.Counter()
     free: dict[int, tuple[int, Path]] = {}
     replaced = {}
     outcome = Outcome()  # what fails now fails again when it is done
     for member, found in outcome.each(plan, find_members(course.students), "look"):
-        needed[found.device] += found.needed_bytes
-        free[found.device] = found.free_bytes, member.home
-        if found.report.overwritten:
-            replaced[member.username] = found.report.named
+        device, free_bytes, needed_bytes, report = found
+        needed[device] += needed_bytes
+        free[device] = free_bytes, member.home
+        if report.overwritten:
+            replaced[member.username] = report.named
 
     for device, (free_bytes, home) in free.items():
         missing = needed[device] - free_bytes
