@@ -765,9 +765,10 @@ def read_login_defs(key: str, default: int) -> int:
     return default
 
 
-def find_account(username: str) -> pwd.struct_passwd | None:
+def find_account(key: str | int) -> pwd.struct_passwd | None:
+    """Return the account of a user name or uid, if there is one."""
     try:
-        return pwd.getpwnam(username)
+        return pwd.getpwnam(key) if isinstance(key, str) else pwd.getpwuid(key)
     except KeyError:
         return None
 
@@ -2035,7 +2036,7 @@ def uid_options(home: Path) -> list[str]:
     uids = range(read_login_defs("UID_MIN", 1000), read_login_defs("UID_MAX", 60000) + 1)
     if os.path.lexists(home):
         info = home.stat()
-        if info.st_uid in uids and not has_account(info.st_uid) and home.is_dir():
+        if info.st_uid in uids and not find_account(info.st_uid) and home.is_dir():
             say(f"{home.name}: gets uid {info.st_uid}, whose home {home} is left over")
             return ["--uid", str(info.st_uid)]
         raise Error(
@@ -2050,17 +2051,10 @@ def uid_options(home: Path) -> list[str]:
             with contextlib.suppress(OSError):  # a file system of theirs, in their home
                 left_over.add(entry.stat(follow_symlinks=False).st_uid)
 
-    if all(map(has_account, left_over)):
+    if all(map(find_account, left_over)):
         return []  # useradd knows best
-    free = (uid for uid in uids if uid not in left_over and not has_account(uid))
+    free = (uid for uid in uids if uid not in left_over and not find_account(uid))
     return ["--uid", str(next(free, uids[-1]))]
-
-
-def has_account(uid: int) -> bool:
-    try:
-        return bool(pwd.getpwuid(uid))
-    except KeyError:
-        return False
 
 
 def gid_options(username: str) -> list[str]:
