@@ -1250,7 +1250,8 @@ def exposed(config: Config, usernames: Iterable[str]) -> Iterator[str]:
 # document says of students, with the lock of its file, and changes to it. A list is taken
 # as other programs export it, under their names for our columns and in their encodings.
 
-COLUMNS = ("username", "name", "surname", "email", "sys-pass", "nb-pass", "port")
+# In the order of the fields of `Student`.
+COLUMNS = ("username", "name", "surname", "sys-pass", "nb-pass", "port", "email")
 MAX_PASSWORD_LENGTH = 200  # what chpasswd(8) surely takes
 # Letters and digits that cannot be taken for one another on paper.
 PASSWORD_ALPHABET = "".join(set(string.ascii_letters + string.digits) - set("0O1lI"))
@@ -1629,11 +1630,7 @@ class Roster:
 
     def student_of(self, row: Record) -> Student:
         values = self.document.values(row)
-        columns = [*(name for name in COLUMNS if name != "email"), "email"]
-        return Student(row.line, *(values.get(name, "") for name in columns))
-
-    def __contains__(self, username: str) -> bool:
-        return username in self.rows
+        return Student(row.line, *(values.get(name, "") for name in COLUMNS))
 
     def update(self, username: str, **values: str) -> None:
         """Set cells of a student's row (sys_pass for the column `sys-pass`)."""
@@ -1767,7 +1764,7 @@ def load_course(path: Path, options: Options = Options()) -> Course:
     problems += roster.problems()
     problems += exposed(config, names)
 
-    if config.group and config.group in roster:
+    if config.group and config.group in roster.rows:
         problems.append(f"{path}: [Setup] group = {config.group}: is a student's name")
     for name in sorted((options.only or frozenset()).difference(names)):
         problems.append(f"--only {name}: is not in {roster.path}; {nearest(name, names)}")
@@ -1808,11 +1805,6 @@ class Member:
     @property
     def home(self) -> Path:
         return Path(self.account.pw_dir)
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether setup made the account, for whatever course: see `is_ours`."""
-        return is_ours(self.account)
 
 
 def find_members(students: Iterable[Student]) -> list[Member]:
@@ -1885,7 +1877,7 @@ def is_owned(account: pwd.struct_passwd | None, config: Config) -> bool:
 
 def reason_to_stay(member: Member, config: Config) -> str:
     """Return why remove does not delete an account; nothing if it does."""
-    if not member.is_ours:
+    if not is_ours(member.account):
         return "was not made by setup"
     others = Claims(member.account, config).others
     return f"is in {', '.join(others)}, too" if others else ""
@@ -1896,7 +1888,8 @@ def check_group(course: Course) -> None:
     config = course.config
     for account in filter(None, map(find_account, group_members(config.group))):
         claims = Claims(account, config)
-        is_known = account.pw_name in course.roster  # else a course was here that has moved
+        # Of a student who is not in this list, a course that has moved was here.
+        is_known = account.pw_name in course.roster.rows
         others = [x for x in claims.marks if not is_known or x not in claims.gone]
         if others and not claims.mine:
             raise UsageError(
@@ -1913,7 +1906,7 @@ def warn_of_strays(course: Course) -> None:
         if not student.username:
             log.warning("line %d has no username yet: setup makes one", student.line)
     for name in sorted(group_members(course.config.group)):
-        if name not in course.roster and is_owned(find_account(name), course.config):
+        if name not in course.roster.rows and is_owned(find_account(name), course.config):
             log.warning(
                 "%s has an account that setup made, but no row in %s; to remove it,"
                 " put the row back",
@@ -1924,12 +1917,10 @@ def warn_of_strays(course: Course) -> None:
 def is_account_of(student: Student, username: str, config: Config) -> bool:
     """Say whether an earlier setup of this course has made it for somebody of that name."""
     account = find_account(username)
-    return (
-        account is not None
-        and is_owned(account, config)
-        and username in group_members(config.group)
-        and account.pw_gecos.split(",")[0] == gecos_name(student)
-    )
+    if account is None or not is_owned(account, config):
+        return False
+    is_namesake = account.pw_gecos.split(",")[0] == gecos_name(student)
+    return is_namesake and username in group_members(config.group)
 
 
 def ensure_account(student: Student, config: Config) -> str:
@@ -5483,8 +5474,8 @@ def check_shared(directory: Path, course: Course) -> None:
     for member in find_members(course.students):
         with acting_as(member.identity):
             closed = first_closed_step([directory, Path(os.path.realpath(directory))])
-            writable = member.is_ours and os.access(directory, os.W_OK, effective_ids=True)
-        if closed or writable:
+            writable = os.access(directory, os.W_OK, effective_ids=True)
+        if closed or writable and is_ours(member.account):
             raise UsageError(
                 f"{course.config.path}: [Setup] shared_dir = {directory}:"
                 f" {f'{closed} is missing or closed to' if closed else 'can be changed by'}"
@@ -5839,7 +5830,7 @@ def leave_members(
     members: Sequence[Member], config: Config, roster: Roster, outcome: Outcome
 ) -> None:
     """Undo what setup did for members whose accounts stay."""
-    stop_jupyter(config, [member for member in members if member.is_ours], outcome)
+    stop_jupyter(config, [x for x in members if is_ours(x.account)], outcome)
     for member in members:
         with outcome.step(member.username):
             reason = reason_to_stay(member, config) or "was somebody else's"
