@@ -5396,25 +5396,19 @@ def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student
     return renewed
 
 
-def set_missing_passwords(
-    config: Config, students: Iterable[Student], outcome: Outcome
-) -> None:
-    """Give our accounts without a system password the one in the list, through pipes.
+def set_missing_password(student: Student, config: Config) -> None:
+    """Give an account of ours without a system password the one in the list.
 
-    PAM may refuse one: that student fails, with its words, and the others have theirs.
+    Raises: Error if PAM refuses it, with its words.
     """
-    for student in students:
-        # `!` before a password is something else: somebody has locked that account.
-        is_missing = read_shadow(student.username)[1:2] == ["!"]
-        if not is_missing or not is_owned(find_account(student.username), config):
-            continue
-
-        with outcome.step(student.username):
-            try:
-                run_program(["chpasswd"], f"{student.username}:{student.sys_pass}\n")
-            except Error as error:
-                where = f"line {student.line} of the list"
-                raise Error(f"the sys-pass in {where} is refused: {error}") from None
+    # `!` before a password is something else: somebody has locked that account.
+    is_missing = read_shadow(student.username)[1:2] == ["!"]
+    if is_missing and is_owned(find_account(student.username), config):
+        try:
+            run_program(["chpasswd"], f"{student.username}:{student.sys_pass}\n")
+        except Error as error:
+            where = f"line {student.line} of the list"
+            raise Error(f"the sys-pass in {where} is refused: {error}") from None
 
 
 def ensure_accounts(
@@ -5422,14 +5416,14 @@ def ensure_accounts(
 ) -> dict[Student, str]:
     """Make the accounts, with passwords; return what was done for whom."""
     done = {}
-    try:
-        for student in progress(students, len(students), "accounts"):
+    for student in progress(students, len(students), "accounts"):
+        try:
             with outcome.step(student.username):
                 done[student] = ensure_account(student, config)
-    finally:
-        # Those that were made before an interruption get theirs, too.
-        with uninterrupted():
-            set_missing_passwords(config, students, outcome)
+        finally:
+            # One that was made before an interruption gets its password, too.
+            with uninterrupted(), outcome.step(student.username):
+                set_missing_password(student, config)
     return done
 
 
