@@ -5862,17 +5862,12 @@ def delete_accounts(
     return deleted
 
 
-class HomeReport(Message):
-    """What a home holds, and what would be lost with it."""
+def look_at_home(config: Config, member: Member) -> tuple[int, int, bool, str]:
+    """Look at a home as its owner can see it.
 
-    size_bytes: int
-    outside: int  # files that no retrieve copies
-    has_work: bool  # that was not retrieved
-    problem: str  # why some of it could not be looked at
-
-
-def look_at_home(config: Config, member: Member) -> HomeReport:
-    """Look at a home as its owner can see it."""
+    Returns: its bytes, the number of files that no retrieve copies, whether it has work
+    that was not retrieved, and why some of it could not be looked at.
+    """
     home_fd = open_directory(member.home, (), member.identity)
     size = outside = 0
     skeleton = Path(useradd_defaults()["SKEL"])
@@ -5887,9 +5882,9 @@ def look_at_home(config: Config, member: Member) -> HomeReport:
     try:
         work = retrieve_from(config, {}, member, dry_run=True)
     except Error as error:
-        return HomeReport(size, outside, False, str(error))
+        return size, outside, False, str(error)
     has_work = bool(work.new or work.updated or work.over_limit)
-    return HomeReport(size, outside, has_work, work.first_failure)
+    return size, outside, has_work, work.first_failure
 
 
 def size_of(path: Path) -> int:
@@ -5917,14 +5912,15 @@ def describe_homes(config: Config, members: Sequence[Member]) -> None:
     """Say what is in the homes that remove will delete."""
     looks, size, unretrieved, outside = Outcome(), 0, [], []
     look = functools.partial(look_at_home, config)
-    for member, home in looks.each(look, members, "homes"):
-        size += home.size_bytes
-        if home.has_work:
+    for member, found in looks.each(look, members, "homes"):
+        size_bytes, files, has_work, problem = found
+        size += size_bytes
+        if has_work:
             unretrieved.append(member.username)
-        if home.outside:
-            outside.append(f"{member.username} ({home.outside})")
-        if home.problem:
-            looks.failed(member.username, home.problem)
+        if files:
+            outside.append(f"{member.username} ({files})")
+        if problem:
+            looks.failed(member.username, problem)
 
     accounts = counted(len(members), "account")
     say(f"{accounts} that setup made, with {format_bytes(size)}, will be deleted.")
