@@ -2411,8 +2411,6 @@ class CopyReport(Message, frozen=False):
 # Size, modification and change time: a file that keeps all three has kept its content. No
 # user can set the last one. Source: inode(7).
 Stamp = tuple[int, int, int]
-
-
 # Of files by device, inode and stamp.
 Digests = dict[tuple[int, int, Stamp], str]
 
@@ -2427,6 +2425,12 @@ class Copied(NamedTuple):
     digest: str
     source: Stamp
     destination: Stamp
+
+    def is_in(self, fd: int, info: os.stat_result, stamp: Stamp) -> bool:
+        """Say whether a file still has the content that it had with a stamp of these."""
+        if stamp_of(info) == stamp:
+            return True
+        return info.st_size == stamp[0] and digest_file(fd, info.st_size) == self.digest
 
 
 class CopyRecord:
@@ -2588,11 +2592,9 @@ def free_name(pattern: str, name: str, directory_fd: int) -> str:
         name = portable_name(name)
     stem, suffix = os.path.splitext(name)
 
-    for number in itertools.count(1):
-        free = pattern.format(stem=stem, suffix=suffix, number=number)
-        if not is_there(free, directory_fd):
-            break
-    return free
+    fill = functools.partial(pattern.format, stem=stem, suffix=suffix)
+    names = (fill(number=number) for number in itertools.count(1))
+    return next(each for each in names if not is_there(each, directory_fd))
 
 
 def is_being_saved(name: str, directory_fd: int) -> bool:
@@ -2704,9 +2706,8 @@ class TreeCopy:
         with os.scandir(source_fd) as entries:
             for entry in entries:
                 inner = path / entry.name
-                if entry.name.startswith((PART_PREFIX, RECORD_NAME)):
-                    continue
-                if not self.wanted(inner):
+                ours = entry.name.startswith((PART_PREFIX, RECORD_NAME))
+                if ours or not self.wanted(inner):
                     continue
                 if not self.charge(ENTRY_BYTES, path / "..."):
                     return
@@ -2882,9 +2883,9 @@ class TreeCopy:
         """Say which of two files that differ has changed since the one was copied."""
         if copied is None:
             return Change.CONFLICT
-        if is_as_copied(old_fd, old, copied.destination, copied.digest):
+        if copied.is_in(old_fd, old, copied.destination):
             return Change.CONFLICT if self.keep_all else Change.UPDATED
-        if self.reset or not is_as_copied(item.fd, item.info, copied.source, copied.digest):
+        if self.reset or not copied.is_in(item.fd, item.info, copied.source):
             return Change.CONFLICT
         return Change.KEPT
 
@@ -3007,9 +3008,7 @@ class TreeCopy:
         with contextlib.suppress(OSError):
             with closing(os.open(link, FILE_FLAGS, dir_fd=item.destination_fd)) as old_fd:
                 old = os.fstat(old_fd)
-                untouched = copied and is_as_copied(
-                    old_fd, old, copied.destination, copied.digest
-                )
+                untouched = copied and copied.is_in(old_fd, old, copied.destination)
             if untouched and not is_being_saved(item.name, item.destination_fd):
                 os.unlink(link, dir_fd=item.destination_fd)
             else:
@@ -3021,13 +3020,6 @@ class TreeCopy:
         if key not in self.digests:
             self.digests[key] = digest_file(fd, info.st_size)
         return self.digests[key]
-
-
-def is_as_copied(fd: int, info: os.stat_result, stamp: Stamp, digest: str) -> bool:
-    """Say whether a file has the content that it had when it was copied."""
-    if stamp_of(info) == stamp:
-        return True
-    return info.st_size == stamp[0] and digest_file(fd, info.st_size) == digest
 
 
 def is_profile_file(path: Path) -> bool:
