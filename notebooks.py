@@ -929,7 +929,6 @@ def drop_privileges(identity: Identity) -> None:
 # default: a new key needs a line there, a line in the README, and a use. A parser raises
 # ValueError with what would be right. All that is wrong is told at once.
 
-
 MAX_CONFIG_CHARACTERS = 1 << 20
 # What editors, Jupyter and version control leave, which is nobody's work.
 IGNORE = ".git .svn .ipynb_checkpoints __pycache__ .DS_Store ._* Thumbs.db .~* *.swp .nfs*"
@@ -1158,10 +1157,9 @@ def unknown_keys(parser: configparser.ConfigParser) -> Iterator[str]:
     sections = list(dict.fromkeys(section_of.values()))
 
     # configparser gives the keys of [DEFAULT] to all sections, but does not list it.
-    if parser.defaults():
-        yield "[DEFAULT]: unknown section; " + nearest("DEFAULT", sections)
+    default = ["DEFAULT"] if parser.defaults() else []
 
-    for section in parser.sections():
+    for section in [*default, *parser.sections()]:
         if section not in sections:
             yield f"[{section}]: unknown section; {nearest(section, sections)}"
             continue
@@ -1229,18 +1227,15 @@ def exposed(config: Config, usernames: Iterable[str]) -> Iterator[str]:
     given = {config.of(name).material_dir: "material_dir" for name in names}
     if config.shared_dir:
         if config.shared_dir.name in [directory.name for directory in given]:
-            yield (
-                f"{config.path}: [Setup] shared_dir: must have another last part than"
-                " material_dir"
-            )
+            yield "[Setup] shared_dir: must have another last part than material_dir"
         given[config.shared_dir] = "shared_dir"
 
     for directory, key in given.items():
         for path in config.private_paths:
             if path.is_relative_to(os.path.realpath(directory)):
                 yield (
-                    f"{config.path}: [Setup] {key} = {directory}: {path} lies in it, which"
-                    " is not for students; make a directory with what is for them alone"
+                    f"[Setup] {key} = {directory}: {path} lies in it, which is not for"
+                    " students; make a directory with what is for them alone"
                 )
 
 
@@ -1364,9 +1359,7 @@ class CsvDocument:
 
     def encode(self) -> bytes:
         """Return the whole file."""
-        text = "".join(
-            self.delimiter.join(record.cells) + record.end for record in self.records
-        )
+        text = "".join(self.delimiter.join(x.cells) + x.end for x in self.records)
         return self.bom + (self.preamble + text).encode(self.encoding)
 
 
@@ -1762,7 +1755,7 @@ def load_course(path: Path, options: Options = Options()) -> Course:
 
     names = list(filter(None, roster.rows))
     problems += roster.problems()
-    problems += exposed(config, names)
+    problems += [f"{config.path}: {each}" for each in exposed(config, names)]
 
     if config.group and config.group in roster.rows:
         problems.append(f"{path}: [Setup] group = {config.group}: is a student's name")
@@ -2037,10 +2030,9 @@ def uid_options(home: Path) -> list[str]:
         )
 
     left_over = set()
-    with os.scandir(home.parent) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):  # a file system of theirs, in their home
-                left_over.add(entry.stat(follow_symlinks=False).st_uid)
+    for path in home.parent.iterdir():
+        with contextlib.suppress(OSError):  # a file system of theirs, in their home
+            left_over.add(path.lstat().st_uid)
 
     if all(map(find_account, left_over)):
         return []  # useradd knows best
@@ -5637,10 +5629,8 @@ def copy_for_all(course: Course, label: str, copy: Callable[[Member], CopyReport
         for member, report in outcome.each(copy, members, label):
             outcome.done(member.username, str(report))
             if report.overwritten:
-                log.warning(
-                    "%s had changed what was replaced for good: %s",
-                    *(member.username, report.named),
-                )
+                text = "%s had changed what was replaced for good: %s"
+                log.warning(text, member.username, report.named)
             if report.renamed:
                 text = "%s: the storage cannot hold each name as it is: %s"
                 log.warning(text, member.username, report.named)
