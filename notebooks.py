@@ -1365,21 +1365,18 @@ class CsvDocument:
 
 def decode_text(data: bytes) -> tuple[bytes, str, str]:
     """Return byte-order mark, encoding (else guessed) and text, or ValueError."""
-    for bom, encoding in (
-        (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF16_LE, "utf-16-le"),
-        (codecs.BOM_UTF16_BE, "utf-16-be"),
-        *((b"", encoding) for encoding in (guess_encoding(data), "cp1252", "latin-1")),
-    ):
-        if data.startswith(bom):
-            try:
-                return bom, encoding, data.removeprefix(bom).decode(encoding)
-            except UnicodeDecodeError:
-                if bom:
-                    name = encoding.upper()
-                    raise ValueError(f"is no {name} text; save it again") from None
+    marks = {
+        codecs.BOM_UTF8: "utf-8",
+        codecs.BOM_UTF16_LE: "utf-16-le",
+        codecs.BOM_UTF16_BE: "utf-16-be",
+    }
+    bom = next(filter(data.startswith, marks), b"")
+    encodings = [marks[bom]] if bom else [guess_encoding(data), "cp1252", "latin-1"]
 
-    raise AssertionError("latin-1 decodes anything")
+    for encoding in encodings:
+        with contextlib.suppress(UnicodeDecodeError):
+            return bom, encoding, data.removeprefix(bom).decode(encoding)
+    raise ValueError(f"is no {encodings[0].upper()} text; save it again")
 
 
 def guess_encoding(data: bytes) -> str:
