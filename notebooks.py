@@ -5290,7 +5290,7 @@ def command_setup(course: Course) -> int:
                 log.warning(
                     "group %s is not in /etc/group: nobody is put into it", config.group
                 )
-        done = ensure_accounts(config, course.students, outcome)
+        done = ensure_accounts(course, outcome)
         members = outcome.members([*done])
         furnish = functools.partial(furnish_home, config)
         for member, _ in outcome.each(furnish, members, "homes"):
@@ -5392,11 +5392,9 @@ def set_missing_password(student: Student, config: Config) -> None:
             raise Error(f"the sys-pass in {where} is refused: {error}") from None
 
 
-def ensure_accounts(
-    config: Config, students: Sequence[Student], outcome: Outcome
-) -> dict[Student, str]:
+def ensure_accounts(course: Course, outcome: Outcome) -> dict[Student, str]:
     """Make the accounts, with passwords; return what was done for whom."""
-    done = {}
+    config, students, done = course.config, course.students, {}
     for student in progress(students, len(students), "accounts"):
         try:
             with outcome.step(student.username):
@@ -5505,6 +5503,9 @@ class MaterialLook(TreeCopy):
         self.left_out.add(path)
 
 
+Looks = dict[Path, MaterialLook]  # by the directories that are sent
+
+
 @functools.cache
 def installed_kernels() -> set[str]:
     """Return the names of the kernels that everybody has: jupyter_client.kernelspec."""
@@ -5513,9 +5514,7 @@ def installed_kernels() -> set[str]:
     return {"python3"} | {x.parent.name.lower() for root in roots for x in root.glob(files)}
 
 
-def look_at_material(
-    course: Course,
-) -> tuple[dict[Path, MaterialLook], dict[str, list[str]]]:
+def look_at_material(course: Course) -> tuple[Looks, dict[str, list[str]]]:
     """Look through each directory to be sent; return what was seen, and what to tell.
 
     Raises: UsageError if the material cannot be read.
@@ -5526,7 +5525,7 @@ def look_at_material(
     if base != config.material_dir:  # one student's material is beside the others'
         private.append(Path(os.path.realpath(base)))
 
-    looks: dict[Path, MaterialLook] = {}
+    looks: Looks = {}
     told: dict[str, list[str]] = {}
     usernames = [student.username for student in course.students if student.username]
     names = {config.of(username).material_dir: username for username in usernames}
@@ -5547,10 +5546,7 @@ def look_at_material(
 
 
 def send_to(
-    course: Course,
-    looks: Mapping[Path, MaterialLook],
-    member: Member,
-    dry_run: bool = False,
+    course: Course, looks: Looks, member: Member, dry_run: bool = False
 ) -> TreeCopy:
     """Copy a member's material into their home; return the copy, which has the report."""
     config, base = course.config.of(member.username), course.config.material_base
@@ -5573,7 +5569,7 @@ def send_to(
     return copy
 
 
-def plan_send(course: Course, looks: Mapping[Path, MaterialLook]) -> None:
+def plan_send(course: Course, looks: Looks) -> None:
     """Make sure that there is room, and that nobody's work is replaced unawares.
 
     Raises: UsageError; nothing was copied.
@@ -5704,7 +5700,7 @@ def command_retrieve(course: Course) -> int:
             f"{config.path}: [Shutdown] storage_dir: {config.storage_dir} cannot be"
             f" made by its owner {owner.pw_name}: {error.strerror}"
         ) from None
-    looks: dict[Path, MaterialLook] = {}
+    looks: Looks = {}
     with contextlib.suppress(UsageError):  # the material may be gone by now
         looks, _ = look_at_material(course)
     retrieve = functools.partial(retrieve_from, config, looks)
@@ -5712,10 +5708,7 @@ def command_retrieve(course: Course) -> int:
 
 
 def retrieve_from(
-    config: Config,
-    looks: Mapping[Path, MaterialLook],
-    member: Member,
-    dry_run: bool = False,
+    config: Config, looks: Looks, member: Member, dry_run: bool = False
 ) -> CopyReport:
     """Copy one member's tutorial directory into the storage, or count what that is."""
     if config.storage_dir.is_relative_to(member.home / config.tutorial_dir):
@@ -5760,8 +5753,8 @@ def command_remove(course: Course) -> int:
         members = [x for x in find_members(roster.students) if x.username in reasons]
         others = [member for member in members if reasons[member.username]]
         doomed = [x for x in members if x not in others and may_go(x, config)]
-        deleted = delete_accounts(doomed, config, roster, outcome)
-        leave_members(others, config, roster, outcome)
+        deleted = delete_accounts(doomed, course, outcome)
+        leave_members(others, course, outcome)
 
     reload_launcher(config)
     group = f", group {config.group} deleted" if remove_empty_group(config.group) else ""
@@ -5799,10 +5792,9 @@ def may_go(member: Member, config: Config) -> bool:
     return not reason
 
 
-def leave_members(
-    members: Sequence[Member], config: Config, roster: Roster, outcome: Outcome
-) -> None:
+def leave_members(members: Sequence[Member], course: Course, outcome: Outcome) -> None:
     """Undo what setup did for members whose accounts stay."""
+    config, roster = course.config, course.roster
     stop_jupyter(config, [x for x in members if is_ours(x.account)], outcome)
     for member in members:
         with outcome.step(member.username):
@@ -5812,9 +5804,7 @@ def leave_members(
     roster.save()
 
 
-def delete_accounts(
-    members: Sequence[Member], config: Config, roster: Roster, outcome: Outcome
-) -> int:
+def delete_accounts(members: Sequence[Member], course: Course, outcome: Outcome) -> int:
     """End all that these members run, delete their accounts, and return how many."""
     ended = []
     for member in members:
@@ -5822,8 +5812,8 @@ def delete_accounts(
             end_account(member.account)
             ended.append(member)
     packed = dict.fromkeys(ended, True)
-    if config.archive_dir:
-        pack = functools.partial(archive_home, config)
+    if course.config.archive_dir:
+        pack = functools.partial(archive_home, course.config)
         packed = dict(outcome.each(pack, ended, "archives"))
         ended = list(packed)
     delete_public_files([member.uid for member in ended])
@@ -5831,7 +5821,7 @@ def delete_accounts(
     deleted = 0
     for member in progress(ended, len(ended), "remove"):
         # First, so that no row has the password of an account that is gone.
-        roster.forget(member.username)
+        course.roster.forget(member.username)
         with outcome.step(member.username):
             if not packed[member] and is_home_of(member.account):
                 raise Error("not deleted: their home is there again; run remove again")
@@ -5856,7 +5846,9 @@ def look_at_home(config: Config, member: Member) -> tuple[int, int, bool, str]:
             # What is hidden belongs to programs.
             is_work = not path.parts[0].startswith(".")
             if is_work and not path.is_relative_to(config.tutorial_dir):
-                outside += size_of(skeleton / path) != info.st_size
+                known = skeleton / path
+                is_known = os.path.lexists(known) and known.lstat().st_size == info.st_size
+                outside += not is_known
 
     try:
         work = retrieve_from(config, {}, member, dry_run=True)
@@ -5864,11 +5856,6 @@ def look_at_home(config: Config, member: Member) -> tuple[int, int, bool, str]:
         return size, outside, False, str(error)
     has_work = bool(work.new or work.updated or work.over_limit)
     return size, outside, has_work, work.first_failure
-
-
-def size_of(path: Path) -> int:
-    """Return the size of a file, or -1."""
-    return path.lstat().st_size if os.path.lexists(path) else -1
 
 
 def walk_files(
