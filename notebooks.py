@@ -5287,9 +5287,8 @@ def command_setup(course: Course) -> int:
         if config.group:
             run_program(["groupadd", "--force", "--", config.group])
             if not is_local_group(config.group):
-                log.warning(
-                    "group %s is not in /etc/group: nobody is put into it", config.group
-                )
+                text = "group %s is not in /etc/group: nobody is put into it"
+                log.warning(text, config.group)
         done = ensure_accounts(course, outcome)
         members = outcome.members([*done])
         furnish = functools.partial(furnish_home, config)
@@ -5604,11 +5603,8 @@ def plan_send(course: Course, looks: Looks) -> None:
     if replaced and sys.stdin.isatty() and not course.options.yes:
         for username, named in replaced.items():
             log.warning("%s has changed what is replaced for good: %s", username, named)
-        count = counted(len(replaced), "student")
-        question = (
-            f"Replace the changed files of {count}? (keep_changed = yes keeps copies)"
-        )
-        confirm(question, "nothing was copied")
+        whose = f"{counted(len(replaced), 'student')}? (keep_changed = yes keeps copies)"
+        confirm(f"Replace the changed files of {whose}", "nothing was copied")
 
 
 def copy_for_all(course: Course, label: str, copy: Callable[[Member], CopyReport]) -> int:
@@ -5777,9 +5773,8 @@ def ask_before_removal(course: Course, members: Sequence[Member]) -> dict[str, s
         describe_homes(course.config, list(doomed.values()))
 
     if doomed and not course.options.yes:
-        question = (
-            f"Delete {counted(len(doomed), 'account')} and everything in their homes?"
-        )
+        accounts = counted(len(doomed), "account")
+        question = f"Delete {accounts} and everything in their homes?"
         confirm(question, "nothing was deleted")
     return reasons
 
@@ -5878,9 +5873,8 @@ def describe_homes(config: Config, members: Sequence[Member]) -> None:
     """Say what is in the homes that remove will delete."""
     looks, size, unretrieved, outside = Outcome(), 0, [], []
     look = functools.partial(look_at_home, config)
-    for member, found in looks.each(look, members, "homes"):
-        size_bytes, files, has_work, problem = found
-        size += size_bytes
+    for member, (used, files, has_work, problem) in looks.each(look, members, "homes"):
+        size += used
         if has_work:
             unretrieved.append(member.username)
         if files:
