@@ -3046,9 +3046,9 @@ def ensure_home(account: pwd.struct_passwd, config: Config) -> None:
     unfinished.mkdir(mode=0o700)
     options = ["--recursive", "--no-dereference", "--"]
     owner = f"{account.pw_uid}:{account.pw_gid}"
-    run_program(["chown", owner, "--", str(unfinished)])
     try:
         if not is_ours(account) or not unpack_home(account, config, unfinished):
+            # It is still root's: a student could have cp(1) write through a link of theirs.
             if os.path.isdir(skeleton):
                 run_program(["cp", *options, f"{skeleton}/.", str(unfinished)])
             run_program(["chown", *options, owner, str(unfinished)])
@@ -3071,6 +3071,7 @@ def unpack_home(account: pwd.struct_passwd, config: Config, home: Path) -> bool:
 
     command = ["tar", "--extract", "--gzip", "--preserve-permissions", "--file=-"]
     with closing(fd):
+        os.chown(home, account.pw_uid, account.pw_gid)
         packed = time.strftime("%Y-%m-%d", time.localtime(os.fstat(fd).st_mtime))
         if not run_as(identity_of(account), [*command, f"--directory={home}"], stdin=fd):
             raise Error(f"{archive} could not be unpacked; see `tar -tzf`, and the room")
