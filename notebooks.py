@@ -2055,7 +2055,8 @@ def check_home_place(directory: Path) -> None:
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         probe = tempfile.mkdtemp(prefix=".", dir=directory)
         try:
-            os.chown(probe, read_login_defs("UID_MIN", 1000), -1)
+            # Nobody has this uid: a student could put something into it.
+            os.chown(probe, read_login_defs("UID_MAX", 60000), -1)
         finally:
             os.rmdir(probe)
     except OSError as error:
