@@ -2433,14 +2433,13 @@ class CopyRecord:
     def __init__(self, directory_fd: int) -> None:
         """Read the file; one that is missing or nonsense counts as empty."""
         self.copied: dict[str, Any] = {}
-        self.saved: dict[str, Any] = {}
         with (
             contextlib.suppress(OSError, ValueError, RecursionError),
             closing(os.open(RECORD_NAME, FILE_FLAGS, dir_fd=directory_fd)) as fd,
         ):
             copied = json.loads(os.pread(fd, MAX_RECORD_BYTES, 0))
             self.copied = copied if isinstance(copied, dict) else {}
-            self.saved = self.copied.copy()
+        self.saved = self.copied.copy()
 
     def get(self, path: Path) -> Copied | None:
         try:
@@ -2952,9 +2951,8 @@ class TreeCopy:
                 return change
 
             self.needed_bytes += item.info.st_size
-            if self.dry_run:
-                return change
-            return change if self.write_file(item, change) else None
+            is_done = self.dry_run or self.write_file(item, change)
+            return change if is_done else None
 
     def write_file(self, item: Item, change: Change) -> bool:
         """Write a file under another name, then rename it to its own; return if it did."""
@@ -3093,23 +3091,24 @@ def archive_home(config: Config, member: Member) -> bool:
     if config.archive_dir.is_relative_to(member.home):
         raise Error("archive_dir lies in their home; set another")
     writer, name = identity_of(config.storage_owner), ARCHIVE_NAME.format(member.username)
+    temporary = PART_PREFIX + name  # the same one as that of a remove that was killed
+
     with acting_as(writer):
         config.archive_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (config.archive_dir / temporary).unlink(missing_ok=True)
         directory_fd = os.open(config.archive_dir, os.O_RDONLY | os.O_CLOEXEC)
-        temporary = PART_PREFIX + name  # the same one as that of a remove that was killed
 
-    with closing(directory_fd):
-        with acting_as(writer), contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=directory_fd)
-
-        with temporary_file(directory_fd, writer, temporary) as (fd, _):
-            pack_home(member, fd, config.archive_limit)
-            with acting_as(writer):
-                with contextlib.suppress(FileNotFoundError):
-                    kept = free_name(KEPT_COPY, name, directory_fd)
-                    os.rename(name, kept, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
-                os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
-                os.fsync(directory_fd)
+    with (
+        closing(directory_fd),
+        temporary_file(directory_fd, writer, temporary) as (fd, _),
+    ):
+        pack_home(member, fd, config.archive_limit)
+        with acting_as(writer):
+            with contextlib.suppress(FileNotFoundError):
+                kept = free_name(KEPT_COPY, name, directory_fd)
+                os.rename(name, kept, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+            os.rename(temporary, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+            os.fsync(directory_fd)
     return True
 
 
@@ -5718,12 +5717,11 @@ def retrieve_from(
     with contextlib.suppress(OSError):  # it is not there yet: a dry run
         mode = os.stat(config.storage_dir).st_mode & 0o2077
     own = config.of(member.username).material_dir
-    look = looks.get(own)
     copy = TreeCopy(
         member.identity,
         identity_of(config.storage_owner),
         material=(own, identity_of(invoking_account())),
-        digests=look.digests if look else {},
+        digests=looks[own].digests if own in looks else {},
         keep_as=KEPT_COPY,
         keep_all=True,
         any_storage=True,
