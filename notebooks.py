@@ -1290,6 +1290,7 @@ ALPHABETS = (
     ("cp1250", "[a-zăâîşţáéóöőü]+"),
     ("cp1257", "[a-ząčęėįšųūžāēģīķļņ]+"),
     ("cp932", "[ぁ-ヿ一-鿿々〆]+"),
+    ("cp1255", "[א-ת]+"),
     ("cp1251", "[а-яѐ-џґ]+"),
     ("cp1253", "[ά-ώΐΰ]+"),
     ("mac_roman", "[a-zàáâäçèéêëîïíñòóôößúü]+"),
@@ -1298,6 +1299,11 @@ OTHERS = "cp949 gb18030 big5 cp1255 cp1256 cp874 koi8_r cp1252"  # for charset-n
 WORD = re.compile(r"[^\0-@\[-`{-\x7f\xa0«»°§‘’“”„–—…\u3000]+")
 MIN_SHARE = 0.75  # of words in one language
 
+# Names by which hosts give rights, as to an account's private group.
+PRIVILEGED = (
+    *("admin", "wheel", "sudo", "docker", "lxd", "libvirt", "kvm", "git", "postgres"),
+    *("mysql", "jupyter", "ubuntu", "debian", "vagrant", "ansible", "backup", "operator"),
+)
 # Letters in user names; what is not here loses its accent.
 LETTERS = "äöüßæøœłđðþıабвгдежзиклмнопрстуфхцчшщыэюяіїєґђјљњћџ"
 PLAIN_LETTERS = (
@@ -1335,7 +1341,7 @@ class CsvDocument:
         if not text.strip() or "\0" in text:
             raise ValueError("needs a header line that names `username`")
 
-        self.delimiter = excel[1] if excel else max(",;\t", key=text.splitlines()[0].count)
+        self.delimiter = excel[1] if excel else find_delimiter(text.splitlines()[0])
         self.records = list(split_records(text, self.delimiter, 2 if excel else 1))
         self.header = [unquote(cell).lower() for cell in self.records[0].cells]
         self.rows = [each for each in self.records[1:] if any(map(unquote, each.cells))]
@@ -1361,6 +1367,18 @@ class CsvDocument:
         """Return the whole file."""
         text = "".join(self.delimiter.join(x.cells) + x.end for x in self.records)
         return self.bom + (self.preamble + text).encode(self.encoding)
+
+
+def find_delimiter(line: str) -> str:
+    """Return what separates the cells of a header: most of our columns, or most cells."""
+
+    def value(delimiter: str) -> tuple[int, int, bool]:
+        titles = [cell.strip(' "').lower() for cell in line.split(delimiter)]
+        known = {*read_header(titles)} & {*COLUMNS}
+        # A comma is rather in a title, such as `Name, Vorname`.
+        return len(known), len(titles), delimiter != "," and len(titles) > 1
+
+    return max(",;\t", key=value)
 
 
 def decode_text(data: bytes) -> tuple[bytes, str, str]:
@@ -2285,6 +2303,8 @@ class Outcome:
 # changed it stays; where both were, the copy is kept under another name.
 
 MAX_ENTRIES = 100_000  # of a directory of a student's that is tidied up
+MAX_FOLLOWED = 1000  # links of the material
+MAX_PATH_LINKS = 40  # as in the kernel
 MAX_LINKS = 5  # one behind the other; directories that lead to each other have no end
 MAX_DEPTH = 100  # directories; each level of a copy holds three descriptors
 ENTRY_BYTES = 4096  # what any file or directory counts for: it costs the owner an inode
@@ -2295,6 +2315,7 @@ MAX_NAME_BYTES = 255  # of a file in most file systems
 MAX_SHOWN_PATH = 500  # characters, of which a student can make 25,000
 MAX_NAMED = 5  # files that a message names
 COPY_CHUNK_BYTES = 1 << 24
+LARGE_BYTES = 1 << 27
 READ_BYTES = 1 << 18
 
 # For how long nobody must have written to a file before it is copied, how long a save may
@@ -2409,6 +2430,11 @@ def stamp_of(info: os.stat_result) -> Stamp:
     return info.st_size, info.st_mtime_ns, info.st_ctime_ns
 
 
+def has_holes(info: os.stat_result) -> bool:
+    """Say whether a large file has much less on the disk than it is long."""
+    return info.st_size > LARGE_BYTES and info.st_blocks * 512 < info.st_size // 2
+
+
 class Copied(NamedTuple):
     """What was copied to a path: its SHA-256 digest, and both files' stamps since."""
 
@@ -2420,7 +2446,10 @@ class Copied(NamedTuple):
         """Say whether a file still has the content that it had with a stamp of these."""
         if stamp_of(info) == stamp:
             return True
-        return info.st_size == stamp[0] and digest_file(fd, info.st_size) == self.digest
+        # A student could have us read terabytes of nothing.
+        if info.st_size != stamp[0] or has_holes(info):
+            return False
+        return digest_file(fd, info.st_size) == self.digest
 
 
 class CopyRecord:
@@ -2443,8 +2472,8 @@ class CopyRecord:
 
     def get(self, path: Path) -> Copied | None:
         try:
-            digest, source, destination = self.copied[str(path)]
-            return Copied(digest, tuple(source), tuple(destination))
+            digest, (a, b, c), (x, y, z) = self.copied[str(path)]
+            return Copied(digest, (a, b, c), (x, y, z))
         except (LookupError, TypeError, ValueError):
             return None
 
@@ -2482,6 +2511,36 @@ def temporary_file(
 def real_path(fd: int) -> Path:
     """Return where an open file or directory is, without links: proc(5)."""
     return Path(os.readlink(f"/proc/self/fd/{fd}"))
+
+
+def resolve(name: str, directory_fd: int, makers: set[int]) -> int:
+    """Open a path, which opens no file yet (O_PATH), and add who made the links on it.
+
+    Source: path_resolution(7). Raises: OSError.
+    """
+    flags = os.O_PATH | os.O_CLOEXEC
+    fd, parts, links = os.open(".", flags, dir_fd=directory_fd), [name], 0
+    try:
+        while parts:
+            inner_fd = os.open(parts.pop() or ".", flags | os.O_NOFOLLOW, dir_fd=fd)
+            info = os.fstat(inner_fd)
+            if stat.S_ISLNK(info.st_mode):
+                with closing(inner_fd):
+                    text = os.readlink("", dir_fd=inner_fd)
+                makers.add(info.st_uid)
+                parts += text.split("/")[::-1]
+                links += 1
+                if links > MAX_PATH_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                if not text.startswith("/"):
+                    continue
+                inner_fd = os.open("/", flags)
+            os.close(fd)
+            fd = inner_fd
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def open_directory(
@@ -2771,17 +2830,17 @@ class TreeCopy:
 
     def follow_link(self, path: Path, source_fd: int) -> int:
         """Open what a link leads to; raises OSError with why not. Runs as: the reader."""
-        flags = os.O_PATH | os.O_CLOEXEC  # these open a device without any effect
-        with closing(os.open(path.name, flags | os.O_NOFOLLOW, dir_fd=source_fd)) as fd:
-            maker, text = os.fstat(fd).st_uid, os.readlink("", dir_fd=fd)
         self.followed[path] = real_path(source_fd)
-
-        with closing(os.open(text, flags, dir_fd=source_fd)) as fd:
+        makers: set[int] = set()
+        with closing(resolve(path.name, source_fd, makers)) as fd:
             info, reason = os.fstat(fd), self.forbids(path, real_path(fd))
             if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
                 reason = "leads to no file"
-            if maker not in (0, self.reader.uid, info.st_uid):  # they may have fewer rights
+            # Who makes a link may have fewer rights than the reader, but for their own.
+            if makers - {0, self.reader.uid, info.st_uid}:
                 reason = "is somebody else's link"
+            if len(self.followed) > MAX_FOLLOWED:
+                reason = "is one of too many links"
             if reason:
                 raise OSError(0, reason)
             return os.open(f"/proc/self/fd/{fd}", FILE_FLAGS & ~os.O_NOFOLLOW)
@@ -2812,7 +2871,7 @@ class TreeCopy:
             inner_fd = self.open_inner(item)
         with closing(inner_fd):
             if not self.dry_run:
-                mode = item.info.st_mode & 0o777 | self.mode
+                mode = item.info.st_mode & 0o755 | self.mode
                 # At once, or a colleague could not go on where we were interrupted. It may
                 # be theirs. Without its first three bits nobody could copy into it again.
                 with acting_as(self.writer), contextlib.suppress(PermissionError):
@@ -2965,7 +3024,7 @@ class TreeCopy:
 
             with contextlib.suppress(PermissionError):  # a file system without modes
                 os.utime(new_fd, ns=(info.st_mtime_ns, info.st_mtime_ns))
-                os.fchmod(new_fd, info.st_mode & 0o777 | 0o600 | self.mode & 0o066)
+                os.fchmod(new_fd, info.st_mode & 0o755 | 0o600 | self.mode & 0o066)
             self.replace(item, change, temporary)
 
             self.report.copied_bytes += copied
@@ -5323,7 +5382,7 @@ def taken_names() -> set[str]:
     """Return the names of groups, since an account has one, and of homes left over."""
     base = useradd_defaults()["HOME"]
     homes = os.listdir(base) if os.path.isdir(base) else []
-    return {*homes, *(group.gr_name for group in grp.getgrall())}
+    return {*homes, *PRIVILEGED, *(group.gr_name for group in grp.getgrall())}
 
 
 def free_username(wish: str, taken: Collection[str]) -> str:
@@ -5447,7 +5506,12 @@ def check_shared(directory: Path, course: Course) -> None:
     for member in find_members(course.students):
         with acting_as(member.identity):
             closed = first_closed_step([directory, Path(os.path.realpath(directory))])
-            writable = os.access(directory, os.W_OK, effective_ids=True)
+            real = Path(os.path.realpath(directory))
+            writable = any(
+                os.access(x, os.W_OK, effective_ids=True)
+                and (x == real or not x.stat().st_mode & stat.S_ISVTX)
+                for x in (real, *real.parents)
+            )
         if closed or writable and is_ours(member.account):
             raise UsageError(
                 f"{course.config.path}: [Setup] shared_dir = {directory}:"
@@ -5487,6 +5551,9 @@ class MaterialLook(TreeCopy):
         self.told.setdefault(what, []).append(f"{name!r}{reason}")
 
     def copy_file(self, item: Item) -> None:
+        if has_holes(item.info) and item.info.st_uid not in (0, self.reader.uid):
+            self.leave_out(item.path, OSError(0, "is somebody else's, and has holes"))
+            return
         self.digest_of(item.info, item.fd)  # kept, for the copies
         if item.path.suffix == ".ipynb":
             with contextlib.suppress(ValueError, AttributeError, RecursionError):
@@ -5569,6 +5636,22 @@ def send_to(
     return copy
 
 
+def check_room(
+    needed: Mapping[int, int],
+    free: Mapping[int, tuple[int, Path]],
+    homes: Mapping[int, int],
+) -> None:
+    """Refuse to send more than file systems, by device, have room for: UsageError."""
+    for device, (free_bytes, home) in free.items():
+        missing = needed[device] - free_bytes
+        # A file system of one student's own must not keep the others from the material.
+        if missing > 0 and (homes[device] > 1 or len(free) == 1):
+            raise UsageError(
+                f"{format_bytes(missing)} are missing in the file system of {home} to send"
+                f" {format_bytes(needed[device])}; nothing was copied"
+            )
+
+
 def plan_send(course: Course, looks: Looks) -> None:
     """Make sure that there is room, and that nobody's work is replaced unawares.
 
@@ -5583,24 +5666,19 @@ def plan_send(course: Course, looks: Looks) -> None:
         return device, space.f_bavail * space.f_frsize, copy.needed_bytes, copy.report
 
     needed: dict[int, int] = collections.Counter()
+    homes: dict[int, int] = collections.Counter()
     free: dict[int, tuple[int, Path]] = {}
     replaced = {}
     outcome = Outcome()  # what fails now fails again when it is done
     for member, found in outcome.each(plan, find_members(course.students), "look"):
         device, free_bytes, needed_bytes, report = found
         needed[device] += needed_bytes
+        homes[device] += 1
         free[device] = free_bytes, member.home
         if report.overwritten:
             replaced[member.username] = report.named
 
-    for device, (free_bytes, home) in free.items():
-        missing = needed[device] - free_bytes
-        if missing > 0:
-            raise UsageError(
-                f"{format_bytes(missing)} are missing in the file system of {home} to send"
-                f" {format_bytes(needed[device])}; nothing was copied"
-            )
-
+    check_room(needed, free, homes)
     if replaced and sys.stdin.isatty() and not course.options.yes:
         for username, named in replaced.items():
             log.warning("%s has changed what is replaced for good: %s", username, named)
@@ -5715,7 +5793,7 @@ def retrieve_from(
     # directory.
     mode = 0
     with contextlib.suppress(OSError):  # it is not there yet: a dry run
-        mode = os.stat(config.storage_dir).st_mode & 0o2077
+        mode = os.stat(config.storage_dir).st_mode & 0o2070
     own = config.of(member.username).material_dir
     copy = TreeCopy(
         member.identity,

@@ -838,3 +838,27 @@ def test_a_command_does_not_wait_for_a_list_that_is_held(
     assert "another notebooks.py works with it" in done.stderr
     assert course.user_list.read_bytes() == original
     assert bool(notebooks.find_account(course.students[0])) == (command != "setup")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"Nachname, Vorname";E-Mail\n"Lovelace, Ada";ada@x.de\n',
+        "Name, Vorname;E-Mail\nLovelace, Ada;ada@x.de\n",
+        "Name (Familie, Vorname, Titel);Benutzername;E-Mail\nx;ada;ada@x.de\n",
+    ],
+)
+def test_a_separator_within_a_title_separates_nothing(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "students.csv"
+    path.write_text(text)
+    roster = notebooks.Roster(path)
+    assert not [*roster.problems()]
+    (student,) = roster.students
+    assert student.email == "ada@x.de"
+    assert "ada" in (student.username, student.wish)
+
+
+def test_no_user_name_is_made_by_which_hosts_give_rights(course: Course) -> None:
+    course.write_students([{"email": "wheel@example.org", "name": "Wheel"}])
+    assert "made the user name wheel-2 for Wheel" in course.check("setup")
+    course.check("remove", "--yes")

@@ -233,13 +233,92 @@ def test_nothing_is_copied_where_there_is_no_room_for_all_of_it(term: Course) ->
     try:
         (term.material / "large").write_bytes(bytes(1 << 20))
         before = {name: snapshot(term.home(name)) for name in term.students}
-        done = term.run("send")
+        done = term.run("send", "--only", student)
         assert done.returncode == 2
         assert "748.4 kB are missing" in done.stderr or " kB are missing" in done.stderr
         assert f"{account.pw_dir} to send 1.0 MB; nothing was copied" in done.stderr
         assert {name: snapshot(term.home(name)) for name in term.students} == before
+
+        # A file system of their own keeps nobody else from the material.
+        done = term.run("send")
+        assert done.returncode == 1 and f"{student}: No space left" in done.stderr
+        for name in others:
+            assert (term.home(name) / "course/material/large").stat().st_size == 1 << 20
     finally:
         subprocess.run(["umount", "--no-mtab", account.pw_dir], check=True)
+
+
+def test_nothing_is_copied_where_homes_have_no_room_together(term: Course) -> None:
+    """Each of them would fit alone."""
+    mount = ["mount", "--no-mtab", "-t", "tmpfs", "-o", "size=2m,mode=0755", "tmpfs"]
+    moved = [Path(pwd.getpwnam(name).pw_dir) for name in term.students]
+    shelf = Path("/home/shelf")
+    shelf.mkdir()
+    subprocess.run([*mount, shelf], check=True)
+    try:
+        for home in moved:
+            subprocess.run(["cp", "-a", home, shelf], check=True)
+            subprocess.run(
+                ["mount", "--no-mtab", "--bind", shelf / home.name, home], check=True
+            )
+        (term.material / "large").write_bytes(bytes(1 << 20))
+        done = term.run("send")
+        assert done.returncode == 2 and "to send 3.1 MB; nothing was copied" in done.stderr
+        assert not any((home / "course/material/large").exists() for home in moved)
+    finally:
+        for path in (*moved, shelf):
+            subprocess.run(["umount", "--no-mtab", path], check=False)
+        shelf.rmdir()
+
+
+@pytest.mark.parametrize("way", ["a file", "a directory"])
+def test_a_students_link_on_the_way_gets_nothing_of_the_teachers(
+    term: Course, way: str
+) -> None:
+    student, other, _ = term.students
+    secret = Path("/var/teacher")
+    secret.mkdir(mode=0o700)
+    (secret / "key").write_text("the teacher's")
+    target = term.home(student) / "course"
+    try:
+        shell(student, f"mkdir d; ln -s {secret}/key best; ln -s {secret} d/away")
+        name = "best" if way == "a file" else "d/away/key"
+        (term.material / "shown").symlink_to(target / name)
+        done = term.run("send")
+        assert done.returncode == 0 and "(is somebody else's link)" in done.stderr
+        assert not (term.home(other) / "course/material/shown").exists()
+        shell(student, "rm -r best d; echo mine >best; mkdir d; ln -s ../best d/best")
+        (term.material / "shown").unlink()
+        (term.material / "shown").symlink_to(target / "best")
+        term.check("send")
+        assert (term.home(other) / "course/material/shown").read_text() == "mine\n"
+    finally:
+        shutil.rmtree(secret)
+
+
+def test_terabytes_of_nothing_are_not_read(term: Course) -> None:
+    """Of a student's, behind a link of the material, or as a copy with a forged record."""
+    student, other, _ = term.students
+    shell(student, f"truncate -s 4T huge; truncate -s 4T {WELCOME}")
+    record = {"welcome.txt": ["0" * 64, [4 << 40, 1, 1], [4 << 40, 1, 1]]}
+    shell(student, f"echo '{json.dumps(record)}' >material/{notebooks.RECORD_NAME}")
+    (term.material / "huge").symlink_to(term.home(student) / "course/huge")
+    done = term.run("send", timeout=30)
+    assert "(is somebody else's, and has holes)" in done.stderr
+    assert read(term, other) == "welcome\n"
+    done = term.run("retrieve", timeout=30)
+    assert done.stdout.endswith(f"1 failed: {student}.\n")
+    assert "more than retrieve_limit" in done.stderr
+
+
+def test_a_storage_that_all_may_read_does_not_open_students_work(term: Course) -> None:
+    student, other, _ = term.students
+    term.storage.mkdir(mode=0o755)
+    shell(student, "umask 0; mkdir open; echo x >open/a")
+    term.check("retrieve")
+    assert not (term.storage / student).stat().st_mode & 0o007
+    for path in (term.storage / student).rglob("*"):
+        assert not path.stat().st_mode & 0o022, path
 
 
 def test_what_editors_and_git_leave_is_neither_sent_nor_retrieved(term: Course) -> None:
