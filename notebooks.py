@@ -332,7 +332,8 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
     if done.returncode:
         words = done.stderr.strip() or f"exit status {done.returncode}"
         lines = [line.removeprefix(f"{argv[0]}: ") for line in words.splitlines()]
-        raise Error(f"{argv[0]}: {' / '.join(lines[-3:])}")
+        lines = list(dict.fromkeys(lines))  # PAM says what is wrong at each try
+        raise Error(f"{argv[0]}: {' / '.join(lines[-4:])}")
     return done.stdout
 
 
@@ -5343,7 +5344,8 @@ def command_setup(course: Course) -> int:
     with host_locked(), roster.locked():
         make_usernames(course)
         warn_of_strays(course)
-        renewed = prepare_passwords(config, roster, course.students)
+        students = course.students
+        renewed = prepare_passwords(config, roster, students)
         if config.group:
             run_program(["groupadd", "--force", "--", config.group])
             if not is_local_group(config.group):
@@ -5355,6 +5357,7 @@ def command_setup(course: Course) -> int:
         for member, _ in outcome.each(furnish, members, "homes"):
             counts[done[member.student]] += 1
             outcome.done(member.username, done[member.student])
+        forget_unmade(students, roster)
         roster.save()  # if it was changed meanwhile, the passwords are not lost
 
     reload_launcher(config)
@@ -5434,6 +5437,16 @@ def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student
 
     roster.save()
     return renewed
+
+
+def forget_unmade(students: Iterable[Student], roster: Roster) -> None:
+    """Clear the new system passwords of accounts that could not be made.
+
+    Somebody else may make them, with a password of their own.
+    """
+    for student in students:
+        if not student.sys_pass and not find_account(student.username):
+            roster.update(student.username, sys_pass="")
 
 
 def set_missing_password(student: Student, config: Config) -> None:

@@ -334,6 +334,8 @@ def test_a_place_in_which_root_can_make_no_home_leaves_no_half_account(
             in done.stderr
         )
         assert not exists(course.students[0])
+        row = course.rows()[course.students[0]]
+        assert row["nb-pass"] and not row["sys-pass"]
         assert "1 account" not in done.stdout and "1 kept" in done.stdout
     finally:
         subprocess.run(["umount", base], check=True)
