@@ -102,7 +102,7 @@ def test_a_student_comes_from_the_landing_page_to_a_computed_cell(
     course.launch().wait_ready()
     username = course.students[1]
     browser.get(f"http://localhost:{course.port}/")
-    assert browser.current_url == course.url  # led to TLS
+    wait_until(lambda: browser.current_url == course.url, 30, "TLS")
     assert browser.title == "Physics"
     use(browser, "li a", "Name2 Surname2", WebElement.click)
     log_in(browser, course, username)
