@@ -372,6 +372,7 @@ def run_as(
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(HEARTBEAT_SECONDS) == 0
+
             if work != (work := cpu_seconds(process.pid)):
                 moved = time.monotonic()
             if time.monotonic() > min(moved + STUCK_SECONDS, started + seconds):
@@ -2525,6 +2526,7 @@ def resolve(name: str, directory_fd: int, makers: set[int]) -> int:
         while parts:
             inner_fd = os.open(parts.pop() or ".", flags | os.O_NOFOLLOW, dir_fd=fd)
             info = os.fstat(inner_fd)
+
             if stat.S_ISLNK(info.st_mode):
                 with closing(inner_fd):
                     text = os.readlink("", dir_fd=inner_fd)
@@ -2536,6 +2538,7 @@ def resolve(name: str, directory_fd: int, makers: set[int]) -> int:
                 if not text.startswith("/"):
                     continue
                 inner_fd = os.open("/", flags)
+
             os.close(fd)
             fd = inner_fd
     except BaseException:
@@ -2840,6 +2843,7 @@ class TreeCopy:
             # Who makes a link may have fewer rights than the reader, but for their own.
             if makers - {0, self.reader.uid, info.st_uid}:
                 reason = "is somebody else's link"
+
             if len(self.followed) > MAX_FOLLOWED:
                 reason = "is one of too many links"
             if reason:
@@ -5525,6 +5529,7 @@ def check_shared(directory: Path, course: Course) -> None:
                 and (x == real or not x.stat().st_mode & stat.S_ISVTX)
                 for x in (real, *real.parents)
             )
+
         if closed or writable and is_ours(member.account):
             raise UsageError(
                 f"{course.config.path}: [Setup] shared_dir = {directory}:"
