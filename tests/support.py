@@ -201,7 +201,7 @@ def made_account(*options: str) -> Iterator[pwd.struct_passwd]:
 def in_child(function: Callable[[], Value]) -> Value:
     """Return what a function returns in a fork of this process, which it may change.
 
-    Raises: EOFError if it raised; its traceback is on standard error.
+    Raises: EOFError if it raised (its traceback is on standard error), or never ended.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -210,6 +210,8 @@ def in_child(function: Callable[[], Value]) -> Value:
     theirs.close()
     with ours:
         try:
+            if not ours.poll(300):
+                process.kill()
             value: Value = ours.recv()
         finally:
             process.join()
