@@ -281,9 +281,15 @@ def confirm(question: str, otherwise: str) -> None:
 PROGRAM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ACCOUNT_PROGRAMS = (
     *("useradd", "usermod", "userdel", "groupadd", "groupdel", "gpasswd", "chpasswd"),
-    *("find", "rm", "ipcrm"),
+    *("find", "ipcrm"),
 )
 DELETE_SECONDS = 300.0  # for a home with millions of files
+HEARTBEAT_SECONDS = 1.0
+STUCK_SECONDS = 20.0  # without a sign of life
+STUCK = (
+    "something of theirs does not answer, such as a FUSE file system; end all they run"
+    " (su NAME -s /bin/sh -c 'kill -KILL -1'), and try again"
+)
 LOCK_FILE = "/run/notebooks.lock"  # root's
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # what ends us: Ctrl-C and kill(1)
 
@@ -335,70 +341,6 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
         lines = list(dict.fromkeys(lines))  # PAM says what is wrong at each try
         raise Error(f"{argv[0]}: {' / '.join(lines[-4:])}")
     return done.stdout
-
-
-def run_as(
-    identity: "Identity",
-    argv: Sequence[str],
-    seconds: float = math.inf,
-    max_bytes: int = -1,
-    **streams: int,
-) -> bool:
-    """Run a program with a user's ids, and say if it succeeded; Ctrl-C ends it.
-
-    It belongs to that user: so it holds nothing but its streams, and is ended when they
-    have stopped it. What it says is not kept: students can make that as long as they like.
-    max_bytes: what it may write into a file. Raises: StuckError.
-    """
-    log.debug("running %s", shlex.join(argv))
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(
-        argv,
-        stdin=streams.get("stdin", null),
-        stdout=streams.get("stdout", null),
-        stderr=null,
-        user=identity.uid,
-        group=identity.gid,
-        extra_groups=identity.groups,
-        cwd="/",
-        env={"PATH": PROGRAM_PATH, "LC_ALL": "C.UTF-8"},
-        start_new_session=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes,) * 2),
-    )
-
-    work, started = 0.0, time.monotonic()
-    moved = started
-    try:
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(HEARTBEAT_SECONDS) == 0
-
-            if work != (work := cpu_seconds(process.pid)):
-                moved = time.monotonic()
-            if time.monotonic() > min(moved + STUCK_SECONDS, started + seconds):
-                raise StuckError(f"{shlex.join(argv[:2])}: {STUCK}")
-    finally:
-        if process.poll() is None:  # stuck, or we were interrupted
-            os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
-                process.wait(1)
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return what a process and its children have computed, or have waited for a disk."""
-    total = 0.0
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        for each in (process, *process.children(recursive=True)):
-            times = each.cpu_times()
-            total += times.user + times.system + times.iowait
-    return total
-
-
-def run_deletion(*argv: str) -> None:
-    """Run find(1) or rm(1) as root; raises Error if not all could be deleted."""
-    if not run_as(identity_of(pwd.getpwuid(0)), argv, DELETE_SECONDS):
-        raise Error(f"{shlex.join(argv[:2])} could not delete everything")
 
 
 @contextlib.contextmanager
@@ -925,6 +867,79 @@ def drop_privileges(identity: Identity) -> None:
         raise RuntimeError(f"still has ids {ids} and groups {groups}")
 
 
+def run_as(
+    identity: Identity,
+    argv: Sequence[str],
+    seconds: float = math.inf,
+    max_bytes: int = -1,
+    **streams: int,
+) -> bool:
+    """Run a program with a user's ids, and say if it succeeded; Ctrl-C ends it.
+
+    It belongs to that user: so it holds nothing but its streams, and is ended when they
+    have stopped it. What it says is not kept: students can make that as long as they like.
+    max_bytes: what it may write into a file. Raises: StuckError.
+    """
+    log.debug("running %s", shlex.join(argv))
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(
+        argv,
+        stdin=streams.get("stdin", null),
+        stdout=streams.get("stdout", null),
+        stderr=null,
+        user=identity.uid,
+        group=identity.gid,
+        extra_groups=identity.groups,
+        cwd="/",
+        env={"PATH": PROGRAM_PATH, "LC_ALL": "C.UTF-8"},
+        start_new_session=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes,) * 2),
+    )
+
+    computed, started = 0.0, time.monotonic()
+    moved = started
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(HEARTBEAT_SECONDS) == 0
+
+            if computed != (computed := cpu_seconds(process.pid)):
+                moved = time.monotonic()
+            if time.monotonic() > min(moved + STUCK_SECONDS, started + seconds):
+                raise StuckError(f"{shlex.join(argv[:2])}: {STUCK}")
+    finally:
+        if process.poll() is None:  # stuck, or we were interrupted
+            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+                process.wait(1)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return what a process and its children have computed, or have waited for a disk."""
+    total = 0.0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            times = each.cpu_times()
+            total += times.user + times.system + times.iowait
+    return total
+
+
+def run_deletion(*argv: str) -> None:
+    """Run find(1) as root; raises Error if not all could be deleted."""
+    if not run_as(identity_of(pwd.getpwuid(0)), argv, DELETE_SECONDS):
+        raise Error(f"{shlex.join(argv[:2])} could not delete everything")
+
+
+def delete_tree(path: Path) -> None:
+    """Delete a directory with all that is in it, but for what is mounted; raises Error.
+
+    rm(1) cannot delete what is nested a thousand deep.
+    """
+    if os.path.lexists(path):
+        run_deletion("find", str(path), "-xdev", "-delete")
+
+
 # == Configuration =========================================================================
 #
 # A key of `notebooks.cfg` is a field of `Config`, with its section, its parser and its
@@ -932,6 +947,7 @@ def drop_privileges(identity: Identity) -> None:
 # ValueError with what would be right. All that is wrong is told at once.
 
 MAX_CONFIG_CHARACTERS = 1 << 20
+CERTIFICATE_NAME = "notebooks.pem"
 # What editors, Jupyter and version control leave, which is nobody's work.
 IGNORE = ".git .svn .ipynb_checkpoints __pycache__ .DS_Store ._* Thumbs.db .~* *.swp .nfs*"
 
@@ -1679,8 +1695,8 @@ class Roster:
         """Tell who has the list open: what a spreadsheet saves lacks what we wrote."""
         for name in (f".~lock.{self.path.name}#", f"~${self.path.name}"):
             path = self.path.with_name(name)
-            with contextlib.suppress(OSError), closing(os.open(path, FILE_FLAGS)) as fd:
-                fields = os.pread(fd, 500, 0).decode(errors="replace").split(",")
+            with contextlib.suppress(OSError):
+                fields = path.read_text(errors="replace")[:500].split(",")
                 who = printable(" on ".join(fields[1:3])) or "who has it does not say"
                 log.warning(
                     "%s is open in a spreadsheet (%s): close it there without saving, or"
@@ -1832,38 +1848,49 @@ class Claims:
 
     def __init__(self, account: pwd.struct_passwd, config: Config) -> None:
         self.marks = read_mark(account)[1] if is_ours(account) else []
-        self.places = {mark: find_course(mark, config) for mark in self.marks}
+        self.is_member = account.pw_name in group_members(config.group)
+        has_moved = self.is_member and mark_of(config) not in self.marks
+        self.places = {mark: find_course(mark, config, has_moved) for mark in self.marks}
         self.mine = [x for x in self.marks if is_same_course(self.places[x], config)]
         self.gone = [x for x in self.marks if not self.places[x]]
-
-        # A course that is gone counts if the account is in a group that may be of that
-        # course, which is elsewhere now, or not mounted.
         self.groups = ordinary_groups(account.pw_name) - {config.group}
-        self.valid = [x for x in self.marks if self.groups or x not in self.gone]
+
+    @property
+    def valid(self) -> list[CourseMark]:
+        """The courses that count, the owner first.
+
+        One that is gone does if the account is in a group that may be its: it is elsewhere
+        now, or not mounted.
+        """
+        return [x for x in self.marks if self.groups or x not in self.gone]
 
     @property
     def others(self) -> list[str]:
         """What says that other courses have the account: their files, or groups."""
         if not self.marks:  # version 1.0.0 left nothing but the group
             return [f"group {group}" for group in self.groups]
-        hint = f" (gone; if for good, delete the group {' or '.join(self.groups)})"
+        groups = " or ".join(self.groups)
+        hint = f" (gone; if for good, delete the group {groups}; if it is here, run setup)"
         others = [x for x in self.valid if x not in self.mine]
         return [f"{x.path}{hint if x in self.gone else ''}" for x in others]
 
 
-def find_course(mark: CourseMark, config: Config) -> Path | None:
+def find_course(mark: CourseMark, config: Config, has_moved: bool) -> Path | None:
     """Return where the configuration file of a course is now, or None if that is unknown.
 
-    A directory keeps its inode when it is moved: so this course is known at another path,
-    and another one that is where it was before.
+    A directory keeps its inode when it is moved. So another course is told from one that
+    was at its path; and this one is known at another path, if it may have moved: two file
+    systems have the same inodes, too.
     """
-    if mark.inode == mark_of(config).inode:
-        return config.path.with_name(mark.path.name)
     try:
-        is_there = mark.path.is_file() and mark.path.parent.stat().st_ino == mark.inode
+        found = mark.path.is_file() and mark.path.parent.stat().st_ino == mark.inode
     except OSError:  # a disk that does not answer
-        is_there = True
-    return mark.path if is_there else None
+        found = True
+    if found:
+        return mark.path
+    if has_moved and mark.inode == mark_of(config).inode:
+        return config.path.with_name(mark.path.name)
+    return None
 
 
 def is_same_course(path: Path | None, config: Config) -> bool:
@@ -1963,8 +1990,7 @@ def join_course(account: pwd.struct_passwd, config: Config) -> None:
         return
 
     # It may be this one that is gone, or one that does not count any more.
-    is_member = account.pw_name in group_members(config.group)
-    gone = claims.gone if is_member or not claims.groups else []
+    gone = claims.gone if claims.is_member or not claims.groups else []
     marks = claims.marks.copy()
     for mark in [*claims.mine, *gone][:1]:
         log.warning("%s: taken over from %s, which is gone", account.pw_name, mark.path)
@@ -2105,13 +2131,6 @@ def remove_empty_group(group: str) -> bool:
 # is given up, and the others go on.
 #
 # A step for one member returns a value or raises; `Outcome` collects what went wrong.
-
-HEARTBEAT_SECONDS = 1.0
-STUCK_SECONDS = 20.0  # without a sign of life
-STUCK = (
-    "something of theirs does not answer, such as a FUSE file system; end all they run"
-    " (su NAME -s /bin/sh -c 'kill -KILL -1'), and try again"
-)
 
 
 class SignOfLife(Message):
@@ -3105,7 +3124,7 @@ def ensure_home(account: pwd.struct_passwd, config: Config) -> None:
     check_home_place(home.parent)
     unfinished = home.with_name(f".{home.name}-new")
     skeleton = useradd_defaults()["SKEL"]
-    run_deletion("rm", "-rf", "--", str(unfinished))
+    delete_tree(unfinished)
     unfinished.mkdir(mode=0o700)
     options = ["--recursive", "--no-dereference", "--"]
     owner = f"{account.pw_uid}:{account.pw_gid}"
@@ -3117,7 +3136,7 @@ def ensure_home(account: pwd.struct_passwd, config: Config) -> None:
             run_program(["chown", *options, owner, str(unfinished)])
         unfinished.rename(home)
     except BaseException:
-        run_deletion("rm", "-rf", "--", str(unfinished))
+        delete_tree(unfinished)
         raise
 
 
@@ -3555,21 +3574,20 @@ def remove_account(account: pwd.struct_passwd) -> None:
     """Delete an account of ours that was ended, and its home.
 
     Runs as: root, since others may own what lies in the home. Nothing of the account's runs
-    any more, and find(1) and rm(1) follow no link. Raises: Error; what is left can be
+    any more, and find(1) follows no link. Raises: Error; what is left can be
     removed by the same call again.
     """
-    run_deletion("rm", "-rf", "--one-file-system", "--", str(runtime_dir_of(account)))
+    delete_tree(runtime_dir_of(account))
     clear_empty_runtime_dir()
 
     # A home that is half deleted must not look like one: it would be packed, or kept.
     home = Path(account.pw_dir)
     doomed = home.with_name(f".{home.name}-removed")
+    for left_over in (doomed, home.with_name(f".{home.name}-new")):
+        delete_tree(left_over)
     if is_home_of(account) and not home.is_symlink():
-        run_deletion("rm", "-rf", "--one-file-system", "--", str(doomed))
         home.rename(doomed)
-    for path in (doomed, home.with_name(f".{home.name}-new")):
-        if path.is_dir():  # rm cannot remove what is nested a thousand deep
-            run_deletion("find", str(path), "-xdev", "-delete")
+        delete_tree(doomed)
     for directory in MAIL_DIRS:
         Path(directory, account.pw_name).unlink(missing_ok=True)
 
@@ -3610,7 +3628,6 @@ def delete_public_files(uids: Collection[int]) -> None:
 # TLS everywhere. Without a certificate of the teacher's, one is made for this host's names
 # and addresses, and kept beside the configuration file.
 
-CERTIFICATE_NAME = "notebooks.pem"
 CERTIFICATE_DAYS = 397  # browsers refuse much longer ones
 CERTIFICATE_WARNING_DAYS = 14
 
@@ -5982,7 +5999,7 @@ def describe_homes(config: Config, members: Sequence[Member]) -> None:
     say(f"{accounts} that setup made, with {format_bytes(size)}, will be deleted.")
     if unretrieved:
         say(f"Work that was not retrieved: {', '.join(sorted(unretrieved))}.")
-    if config.archive_dir:
+    if config.archive_dir and members:
         say(f"Each home is packed into {config.archive_dir} before.")
     elif outside:
         directory = config.tutorial_dir

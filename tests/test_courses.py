@@ -335,3 +335,40 @@ def test_two_setups_at_once_both_finish(two: Two) -> None:
     passwords = [course.rows()[shared].get("sys-pass") or "" for course in two]
     assert sorted(map(bool, passwords)) == [False, True]
     assert password_works(shared, max(passwords))
+
+
+def give_disk(course: Course) -> None:
+    """Put a file system of its own in the place of a course's directory."""
+    old = shutil.copytree(course.directory, f"{course.directory}-old")
+    command = ["mount", "--no-mtab", "-t", "tmpfs", "-o", "mode=0755", "tmpfs"]
+    subprocess.run([*command, str(course.directory)], check=True)
+    shutil.copytree(old, course.directory, dirs_exist_ok=True)
+
+
+def test_roots_of_two_disks_have_one_inode_and_are_two_courses(two: Two) -> None:
+    """The second one took the first one's mark for its own, and deleted its students."""
+    first, second = two
+    for course in two:
+        give_disk(course)
+    assert first.directory.stat().st_ino == second.directory.stat().st_ino
+    first.check("setup")
+    second.check("setup")
+    work, shared = works(first.students[1], "course"), first.students[1]
+    shadow = shadow_line(shared)
+    second.check("remove", "--yes")
+    assert work.read_text() == "mine\n" and shadow_line(shared) == shadow
+
+    elsewhere = first.directory.with_name("elsewhere")
+    elsewhere.mkdir()
+    subprocess.run(["mount", "--move", first.directory, elsewhere], check=True)
+    second.check("setup")
+    assert not second.rows()[shared]["sys-pass"] and shadow_line(shared) == shadow
+    second.check("remove", "--yes")
+    assert work.read_text() == "mine\n"
+
+    old, first.directory = first.config, elsewhere
+    first.config = elsewhere / "notebooks.cfg"
+    first.user_list = elsewhere / "students.csv"
+    assert f"{shared}: taken over from {old}" in first.run("setup").stderr
+    first.check("remove", "--yes")
+    assert not exists(shared)
