@@ -89,6 +89,7 @@ import functools
 import gc
 import grp
 import hashlib
+import hmac
 import html
 import importlib
 import importlib.util
@@ -3813,6 +3814,7 @@ class ServerOrder(Message):
     port: int
     url: str
     password: str
+    cookie_secret: str
     start_dir: str
     profile: str
     idle_seconds: int
@@ -3827,6 +3829,15 @@ def hash_password(password: str) -> str:
     salt = secrets.token_hex(8)
     digest = hashlib.sha256(password.encode() + salt.encode()).hexdigest()
     return f"sha256:{salt}:{digest}"
+
+
+def make_cookie_secret(username: str, password: str) -> str:
+    """Return what signs a server's cookies, in hex: the same as long as the password is.
+
+    So an open tab goes on with a server that was started again, and a new password ends
+    all sessions. Who can work it out knows the password.
+    """
+    return hmac.digest(password.encode(), f"cookies of {username}".encode(), "sha256").hex()
 
 
 def server_environment(account: pwd.struct_passwd) -> dict[str, str]:
@@ -3870,7 +3881,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "root_dir": str(start_dir if os.path.isdir(start_dir) else home),
             "open_browser": False,
             "allow_remote_access": True,
-            "cookie_secret": secrets.token_bytes(32),  # no older cookie is good
+            "cookie_secret": bytes.fromhex(order.cookie_secret),
             "terminado_settings": {"shell_command": [account.pw_shell, "-l"]},
             "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
             **kernel_classes(order.profile),
@@ -4405,7 +4416,7 @@ def rehearse_start() -> None:
 
     home = ensure_rehearsal_home()
     account = pwd.struct_passwd(("", "", 0, 0, "", str(home), "/bin/sh"))
-    order = ServerOrder("rehearsal", "", 0, "", "-", ".", "", 0, 0, "", "")
+    order = ServerOrder("rehearsal", "", 0, "", "-", "00", ".", "", 0, 0, "", "")
     os.environ["HOME"] = str(home)  # become_server sets the whole environment again
     logging.disable(logging.CRITICAL)
     app = make_app(order, account)
@@ -5057,13 +5068,15 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
     """Return what a student's server is told; each has secrets of its own."""
     config, certificate = context.config, context.certificate
     host = visible_address(config, f"{server.username}.")
+    password = server.member.student.nb_pass
 
     return ServerOrder(
         username=server.username,
         course=str(config.path),
         port=server.port,
         url=f"https://{host}:{server.port}/{server.username}/",
-        password=hash_password(server.member.student.nb_pass),
+        password=hash_password(password),
+        cookie_secret=make_cookie_secret(server.username, password),
         start_dir=str(config.of(server.username).start_dir),
         profile=config.profile,
         idle_seconds=config.idle_minutes * 60,

@@ -83,6 +83,11 @@ def switch_to(browser: WebDriver, part: str) -> bool:
     return False
 
 
+def save(browser: WebDriver) -> None:
+    keys = ActionChains(browser).key_down(Keys.CONTROL).send_keys("s")
+    keys.key_up(Keys.CONTROL).perform()
+
+
 def saved_outputs(notebook: Path) -> list[object]:
     """Return the text results in a notebook file; none while it is being written."""
     try:
@@ -91,6 +96,14 @@ def saved_outputs(notebook: Path) -> list[object]:
         return []
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     return ["".join(output["data"]["text/plain"]) for output in outputs]
+
+
+def saved_code(notebook: Path) -> list[str]:
+    """Return the code cells in a notebook file; none while it is being written."""
+    with contextlib.suppress(json.JSONDecodeError):
+        cells = json.loads(notebook.read_text())["cells"]
+        return [x["source"] for x in cells if x["cell_type"] == "code"]
+    return []
 
 
 def test_a_student_comes_from_the_landing_page_to_a_computed_cell(
@@ -116,11 +129,17 @@ def test_a_student_comes_from_the_landing_page_to_a_computed_cell(
     wait_until(lambda: switch_to(browser, "/notebooks/"), 30, "the notebook's window")
     use(browser, ".jp-Notebook-ExecutionIndicator[data-status=idle]")
     wait_until(lambda: computes(browser, "sum(range(1, 101))", "5050"), 60, "5050")
-    ActionChains(browser).key_down(Keys.CONTROL).send_keys("s").perform()
+    save(browser)
     notebook = course.home(username) / "course/material/welcome.ipynb"
     saved = wait_until(lambda: saved_outputs(notebook), 30, "the saved notebook")
     assert saved == ["5050"]
     assert notebook.owner() == username
+
+    before = len(saved_code(notebook))
+    ActionChains(browser).send_keys(Keys.ESCAPE, "b").pause(1).perform()  # a new cell
+    course.server(username).kill()
+    save(browser)
+    wait_until(lambda: len(saved_code(notebook)) > before, 30, "what was not saved before")
 
 
 def test_the_field_leads_to_the_log_in_on_a_phone(make_course: CourseMaker) -> None:

@@ -30,6 +30,7 @@ from support import (
 )
 
 root = pytest.mark.root
+TEXT = {"type": "file", "format": "text", "content": "typed before"}
 
 # ---------------------------------------------------------------------------------------
 # Which port is whose
@@ -184,6 +185,32 @@ def test_a_killed_server_comes_back_at_the_next_connection(
     assert (
         f"{course.students[0]}: the server was ended by signal 9 (Killed)" in launch.output
     )
+
+
+@root
+def test_an_open_tab_saves_and_computes_after_its_server_was_started_again(
+    make_course: CourseMaker,
+) -> None:
+    course = make_course(1, on_demand="yes")
+    (username,) = course.students
+    course.check("setup")
+
+    def end_server() -> None:
+        course.server(username).kill()
+
+    def end_lesson() -> None:
+        assert course.launches[-1].stop() == 0
+        course.check("shutdown")
+        course.launch().wait_ready()
+
+    course.launch().wait_ready()
+    tab = course.notebook(username)
+    for end in (end_server, end_lesson):
+        tab.execute("1")
+        end()
+        tab.api("PUT", "contents/kept.txt", TEXT)
+        tab.kernel_channels = None
+        assert tab.execute("6 * 7") == "42"
 
 
 @root

@@ -164,7 +164,7 @@ def test_a_webserver_that_is_being_replaced_comes_with_the_renewed_certificate(
 
 def test_a_new_password_counts_from_the_next_start(course: Course, launch: Launch) -> None:
     username = course.students[1]
-    old = course.rows()[username]["nb-pass"]
+    old, tab = course.rows()[username]["nb-pass"], course.notebook(username)
     rows = course.rows()
     rows[username]["nb-pass"] = ""
     course.write_students(rows.values())
@@ -174,6 +174,7 @@ def test_a_new_password_counts_from_the_next_start(course: Course, launch: Launc
     server.kill()
     wait_until(lambda: not is_ours(server), 10, "its end")
     course.notebook(username)
+    assert tab.fetch("api/contents").status == 403
     with pytest.raises(LogInRefused):
         Notebook(course.notebook_url(username), course.context()).log_in(old)
 
