@@ -1074,6 +1074,7 @@ class Config:
     on_demand: bool = setting("Launch", parse_bool, "no")
     idle_minutes: int = setting("Launch", whole_number(0, 100000), "0")
     idle_kernel_minutes: int = setting("Launch", whole_number(0, 100000), "0")
+    debugger: bool = setting("Launch", parse_bool, "no")
     storage_dir: Path = setting("Shutdown", parse_path, "storage")
     owner: str = setting("Shutdown", parse_owner)
     retrieve_limit: int = setting("Shutdown", parse_size, "1G")
@@ -3805,22 +3806,34 @@ EXPORTS = (
 )
 EXPORT_SECONDS = 120.0
 
+# What `python -c` runs in the place of a Python kernel's module: it hides debugpy, and no
+# file in the working directory stands in for a module meanwhile.
+KERNEL_WITHOUT_DEBUGGER = (
+    "import sys; sys.path[:] = filter(None, sys.path); import runpy;"
+    " sys.modules['debugpy.server'] = None;"
+    " runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+)
+
 
 class ServerOrder(Message):
-    """All that a student's server is told; the password is a hash in Jupyter's format."""
+    """All that a student's server is told; the password is a hash in Jupyter's format.
 
-    username: str
-    course: str  # its configuration file, for the title
-    port: int
-    url: str
-    password: str
-    cookie_secret: str
-    start_dir: str
-    profile: str
-    idle_seconds: int
-    idle_kernel_seconds: int
-    cert_file: str
-    key_file: str
+    The defaults are for the rehearsal of a start.
+    """
+
+    username: str = "rehearsal"
+    course: str = ""  # its configuration file, for the title
+    port: int = 0
+    url: str = ""
+    password: str = "-"
+    cookie_secret: str = "00"  # in hex
+    start_dir: str = "."
+    profile: str = ""
+    idle_seconds: int = 0
+    idle_kernel_seconds: int = 0
+    debugger: bool = False
+    cert_file: str = ""
+    key_file: str = ""
 
 
 def hash_password(password: str) -> str:
@@ -3884,7 +3897,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "cookie_secret": bytes.fromhex(order.cookie_secret),
             "terminado_settings": {"shell_command": [account.pw_shell, "-l"]},
             "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
-            **kernel_classes(order.profile),
+            **kernel_classes(order),
             "shutdown_no_activity_timeout": order.idle_seconds,
         },
         IdentityProvider={"token": ""},
@@ -3918,11 +3931,22 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     )
 
 
-def kernel_classes(profile: str) -> dict[str, type]:
+def student_argv(argv: Sequence[str], profile: str, debugger: bool) -> list[str]:
+    """Return how a kernel is started: one of Python's with a profile, without debugger."""
+    words = list(argv)
+    if profile and "ipykernel_launcher" in words:
+        words.append(f"--profile={profile}")
+    for i, pair in enumerate(itertools.pairwise(argv)):
+        if not debugger and pair in [("-m", "ipykernel_launcher"), ("-m", "ipykernel")]:
+            words[i : i + 2] = "-c", KERNEL_WITHOUT_DEBUGGER.format(module=pair[1])
+    return words
+
+
+def kernel_classes(order: ServerOrder) -> dict[str, type]:
     """Return the managers of a student's kernels, as settings of ServerApp.
 
-    Kernels start in the start directory if nobody names another, as in plain Jupyter;
-    Python kernels run with an IPython profile.
+    Kernels start in the start directory if nobody names another, as in plain Jupyter.
+    What debuggers do is told by `Config.debugger`.
     """
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
@@ -3935,9 +3959,11 @@ def kernel_classes(profile: str) -> dict[str, type]:
     class StudentKernelSpecManager(KernelSpecManager):
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
             spec = super().get_kernel_spec(kernel_name)
-            exists = Path.home().joinpath(".ipython", f"profile_{profile}").is_dir()
-            if profile and exists and "ipykernel_launcher" in spec.argv:
-                spec.argv.append(f"--profile={profile}")
+            exists = Path.home().joinpath(".ipython", f"profile_{order.profile}").is_dir()
+            profile = order.profile if exists else ""
+            spec.argv = student_argv(spec.argv, profile, order.debugger)
+            if not order.debugger:  # the front end shows no button for it
+                spec.metadata = {**spec.metadata, "debugger": False}
             return spec
 
     return {
@@ -4416,7 +4442,7 @@ def rehearse_start() -> None:
 
     home = ensure_rehearsal_home()
     account = pwd.struct_passwd(("", "", 0, 0, "", str(home), "/bin/sh"))
-    order = ServerOrder("rehearsal", "", 0, "", "-", "00", ".", "", 0, 0, "", "")
+    order = ServerOrder()
     os.environ["HOME"] = str(home)  # become_server sets the whole environment again
     logging.disable(logging.CRITICAL)
     app = make_app(order, account)
@@ -5081,6 +5107,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         profile=config.profile,
         idle_seconds=config.idle_minutes * 60,
         idle_kernel_seconds=(config.idle_kernel_minutes or config.idle_minutes) * 60,
+        debugger=config.debugger,
         cert_file=str(certificate.cert_file),
         key_file=str(certificate.key_file),
     )
@@ -5776,6 +5803,12 @@ def command_launch(course: Course) -> int:
         log.warning(
             "on this processor students' processes keep the session keyring of this"
             " launch: start it where it holds no keys, as `keyctl session - ...` does"
+        )
+
+    if config.debugger:
+        log.warning(
+            "debugger = yes: who debugs a notebook opens a TCP port of 127.0.0.1 without a"
+            " password, through which any account of this host can run code as they"
         )
 
     ensure_capacity(course)

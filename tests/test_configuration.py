@@ -74,6 +74,7 @@ def test_an_empty_file_gives_the_defaults_beside_it(tmp_path: Path) -> None:
         on_demand=False,
         idle_minutes=0,
         idle_kernel_minutes=0,
+        debugger=False,
         storage_dir=tmp_path / "storage",
         owner="",
         retrieve_limit=1 << 30,
