@@ -19,8 +19,9 @@ LINK = /usr/local/bin/notebooks.py
 TEST_PREFIX = /opt/notebooks-test
 BENCH_PREFIX = /opt/notebooks-bench
 NBGRADER_PREFIX = /opt/notebooks-nbgrader
-TEST_PACKAGES = acl chromium chromium-driver exfat-fuse exfatprogs libnss-extrausers openssl \
-    python3-venv tcc
+KERNELS_PREFIX = /opt/notebooks-kernels
+TEST_PACKAGES = acl chromium chromium-driver default-jre-headless exfat-fuse exfatprogs \
+    libnss-extrausers openssl python3-venv tcc
 
 DEMO = $(PREFIX)/demo
 DEMO_CONFIG = $(DEMO)/notebooks.cfg
@@ -149,10 +150,25 @@ $(NBGRADER_PREFIX)/installed:
 	$(NBGRADER_PREFIX)/bin/pip install --quiet --disable-pip-version-check nbgrader
 	touch $@
 
+# Kernels of other languages. Two of them are installed for the user, or for any Python.
+$(KERNELS_PREFIX)/installed:
+	umask 022
+	$(PYTHON) -m venv $(KERNELS_PREFIX)
+	$(KERNELS_PREFIX)/bin/pip install --quiet --disable-pip-version-check \
+	    bash_kernel deno jjava xeus-python
+	cd $(KERNELS_PREFIX)
+	bin/python -m bash_kernel.install --sys-prefix
+	HOME=$(KERNELS_PREFIX) bin/deno jupyter --install
+	cp -R .local/share/jupyter/kernels/deno share/jupyter/kernels/
+	sed -i 's|"python[0-9.]*"|"$(KERNELS_PREFIX)/bin/python"|' \
+	    share/jupyter/kernels/xpython*/kernel.json
+	touch $@
+
 # Processes that have become a student write what they measured, too: hence mode 1777.
-test: check $(NBGRADER_PREFIX)/installed
+test: check $(NBGRADER_PREFIX)/installed $(KERNELS_PREFIX)/installed
 	umask 022
 	export NBGRADER_PREFIX=$(NBGRADER_PREFIX)
+	export KERNELS_PREFIX=$(KERNELS_PREFIX)
 	measured=$$(mktemp -d /tmp/notebooks-coverage.XXXXXX)
 	trap 'rm -rf "$$measured"' EXIT
 	trap 'exit 130' INT TERM

@@ -1075,6 +1075,7 @@ class Config:
     idle_minutes: int = setting("Launch", whole_number(0, 100000), "0")
     idle_kernel_minutes: int = setting("Launch", whole_number(0, 100000), "0")
     debugger: bool = setting("Launch", parse_bool, "no")
+    tcp_kernels: bool = setting("Launch", parse_bool, "yes")
     storage_dir: Path = setting("Shutdown", parse_path, "storage")
     owner: str = setting("Shutdown", parse_owner)
     retrieve_limit: int = setting("Shutdown", parse_size, "1G")
@@ -3806,6 +3807,10 @@ EXPORTS = (
 )
 EXPORT_SECONDS = 120.0
 
+KERNEL_SECONDS = 120.0  # in which a kernel must open its sockets; Java's is slow to start
+KERNEL_LOOK_SECONDS = 1.0  # between two looks at a kernel that has not answered
+KERNEL_PORTS = 5  # of a kernel that serves TCP
+
 # What `python -c` runs in the place of a Python kernel's module: it hides debugpy, and no
 # file in the working directory stands in for a module meanwhile.
 KERNEL_WITHOUT_DEBUGGER = (
@@ -3834,6 +3839,7 @@ class ServerOrder(Message):
     debugger: bool = False
     cert_file: str = ""
     key_file: str = ""
+    tcp_kernels: bool = False
 
 
 def hash_password(password: str) -> str:
@@ -3942,19 +3948,109 @@ def student_argv(argv: Sequence[str], profile: str, debugger: bool) -> list[str]
     return words
 
 
+def kernel_transports(spec: Any, tcp_kernels: bool) -> list[str]:
+    """Return the transports to try with a kernel that has not come up yet, in order."""
+    wish, is_python = spec.metadata.get("transport"), "ipykernel_launcher" in spec.argv
+    if not tcp_kernels or wish == "ipc" or (is_python and wish != "tcp"):
+        return ["ipc"]
+    return ["tcp"] if wish == "tcp" else ["ipc", "tcp"]
+
+
+def bound_transport(kernel: Any) -> str:
+    """Return what a kernel listens on: `ipc`, `tcp`, or nothing yet."""
+    if kernel.transport == "ipc" and os.path.exists(f"{kernel.ip}-{kernel.shell_port}"):
+        return "ipc"
+    ports = 0
+    with contextlib.suppress(AttributeError, psutil.Error):  # not local, or ended
+        process = psutil.Process(kernel.provisioner.pid)
+        for each in (process, *process.children(recursive=True)):
+            connections = each.net_connections("tcp")
+            ports += sum(x.status == psutil.CONN_LISTEN for x in connections)
+    return "tcp" if ports >= KERNEL_PORTS else ""
+
+
+async def hear_kernel(kernel: Any, is_last: bool, seconds: float = KERNEL_SECONDS) -> str:
+    """Wait until a kernel answers; return nothing, or why it never will.
+
+    One that listens where it should is left alone, however long it takes.
+    is_last: nothing else will be tried, so nobody looks through all processes for ports.
+    """
+    answered = asyncio.Event()
+    stream = kernel.connect_shell()
+    stream.on_recv(lambda _: answered.set())
+    kernel.session.send(stream, "kernel_info_request")
+    kernel.stop_restarter()  # it would hide an end
+    deadline = time.monotonic() + seconds
+    answer = asyncio.ensure_future(answered.wait())
+    try:
+        while not (await asyncio.wait([answer], timeout=KERNEL_LOOK_SECONDS))[0]:
+            if not await kernel.is_alive():
+                return "it ended"
+            is_late = time.monotonic() > deadline
+            bound = bound_transport(kernel) if is_late or not is_last else ""
+            if is_late and bound == kernel.transport:
+                break
+            # JeroMQ, the library of kernels in Java, opens ports for unix sockets.
+            if is_late or bound not in ("", kernel.transport):
+                return "it does not answer"
+        return ""
+    finally:
+        answer.cancel()
+        stream.close()
+        kernel.start_restarter()
+
+
 def kernel_classes(order: ServerOrder) -> dict[str, type]:
     """Return the managers of a student's kernels, as settings of ServerApp.
 
-    Kernels start in the start directory if nobody names another, as in plain Jupyter.
-    What debuggers do is told by `Config.debugger`.
+    Kernels start in the start directory if nobody names another, as in plain Jupyter. The
+    first of each name is heard out, and with the transport that it took all others start.
+    Front ends show why a start failed.
     """
+    import zmq
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+    from tornado import web
+
+    transports: dict[str, str] = {}  # by the names of kernels
+
+    class KernelError(web.HTTPError):
+        def __str__(self) -> str:
+            return self.log_message or ""
 
     class StudentKernelManager(AsyncMappingKernelManager):
+        kernel_spec_manager: Any
+
         async def start_kernel(self, **options: Any) -> str:  # type: ignore[override]
             options["path"] = options.get("path") or ""
-            return await super().start_kernel(**options)
+            name = options.get("kernel_name") or self.default_kernel_name
+            spec, known = self.kernel_spec_manager.get_kernel_spec(name), name in transports
+            tried = kernel_transports(spec, order.tcp_kernels)
+            for transport in [transports[name]] if known else tried:
+                try:
+                    kernel_id = await super().start_kernel(transport=transport, **options)
+                except OSError as error:
+                    reason = explain(error)
+                    break
+                kernel, is_last = self.get_kernel(kernel_id), transport == tried[-1]
+                reason = "" if known else await hear_kernel(kernel, is_last)
+                if not reason:
+                    transports[name] = transport
+                    return kernel_id
+                await self.shutdown_kernel(kernel_id, now=True)  # type: ignore[no-untyped-call]
+
+            hint = "" if order.tcp_kernels else "; perhaps it needs TCP (tcp_kernels = no)"
+            text = f"The kernel {spec.display_name} cannot be started: {reason}{hint}."
+            raise KernelError(500, f"{text} What it said is in ~/{SERVER_LOG}.")
+
+        def pre_start_kernel(self, kernel_name: str | None, kwargs: Any) -> Any:
+            transport = kwargs.pop("transport")
+            kernel, *others = super().pre_start_kernel(kernel_name, kwargs)
+            kernel.transport = transport
+            # Where the kernel has CurveZMQ, too. Over unix sockets it would only take time.
+            encrypted = transport == "tcp" and zmq.has("curve")
+            kernel.transport_encryption = "auto" if encrypted else "disabled"
+            return kernel, *others
 
     class StudentKernelSpecManager(KernelSpecManager):
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
@@ -5108,6 +5204,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         idle_seconds=config.idle_minutes * 60,
         idle_kernel_seconds=(config.idle_kernel_minutes or config.idle_minutes) * 60,
         debugger=config.debugger,
+        tcp_kernels=config.tcp_kernels,
         cert_file=str(certificate.cert_file),
         key_file=str(certificate.key_file),
     )

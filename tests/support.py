@@ -51,7 +51,7 @@ SECTIONS = {
     "Setup": "user_list tutorial_dir material_dir shared_dir password_length group"
     " keep_changed ignore profile",
     "Launch": "cert_file key_file server_address web_title launch_dir port"
-    " list_students on_demand idle_minutes idle_kernel_minutes debugger",
+    " list_students on_demand idle_minutes idle_kernel_minutes debugger tcp_kernels",
     "Shutdown": "storage_dir owner retrieve_limit archive_dir archive_limit",
 }
 CA_CONFIGURATION = """\
@@ -660,7 +660,8 @@ class Notebook:
         while True:
             message = json.loads(channels.recv())
             content = message["content"]
-            if message["parent_header"].get("msg_id") != header["msg_id"]:
+            parent = message["parent_header"] or {}  # xeus says null
+            if parent.get("msg_id") != header["msg_id"]:
                 continue
             match message["msg_type"]:
                 case "stream":

@@ -4,6 +4,8 @@ The memory of a student's own server holds the key of the host's certificate: no
 that the student writes may run in that process, and nobody but root may look into it.
 """
 
+import contextlib
+import http.client
 import json
 import os
 import pwd
@@ -248,7 +250,8 @@ def test_a_kernel_that_kills_its_server_only_hurts_its_student(
     run_as(username, "sh", "-c", f"echo '{code}' >{startup}/00-x.py", check=True)
     server, others = course.server(username), course.server(other)
     notebook = course.notebook(username)
-    notebook.api("POST", "kernels", {})
+    with contextlib.suppress(http.client.RemoteDisconnected):  # it waits for the kernel
+        notebook.api("POST", "kernels", {})
     wait_until(lambda: not is_ours(server), 20, "the end of the server")
     assert course.notebook(username).api("GET", "contents")["type"] == "directory"
     assert course.server(other) == others
