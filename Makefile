@@ -1,6 +1,8 @@
 # notebooks.py: installing, trying and testing it. As root, on Debian 12 or alike:
 #
-#   make install     notebooks.py and what it needs into $(PREFIX), linked as $(LINK)
+#   make install     notebooks.py and what it needs into $(PREFIX), linked as $(LINK); mends
+#                    what is damaged there
+#   make upgrade     install, and the newest releases of all packages within a major version
 #   make demo        install, then run the sample course from a copy of it in $(DEMO)
 #   make undo-demo   end the demo and delete its accounts, its files and the installation
 #   make test        install what tests need, then check, all tests, and their coverage
@@ -12,9 +14,18 @@
 # run as the students: these must be able to execute the interpreter and to read its
 # libraries. For the same reason nothing is installed with root's private umask.
 # Variables can be given on the command line: `make install PREFIX=/usr/local/notebooks`.
+#
+# $(PREFIX) is a link to the newest of $(VERSIONS). Servers and kernels import from their
+# version by and by, for weeks. So no version changes: each install and upgrade makes another
+# beside it, whose files are the same (cp -al) but for those that pip replaces. The link is
+# only set if all went well. Of old versions the last one stays, for a way back, and those from
+# which something runs. Others become links to the newest: students have scripts in their homes
+# whose first line names the version that pip ran with.
 
 PYTHON = /usr/bin/python3
 PREFIX = /opt/notebooks
+VERSIONS = $(PREFIX).versions
+PACKAGE = .
 LINK = /usr/local/bin/notebooks.py
 TEST_PREFIX = /opt/notebooks-test
 BENCH_PREFIX = /opt/notebooks-bench
@@ -23,7 +34,7 @@ KERNELS_PREFIX = /opt/notebooks-kernels
 TEST_PACKAGES = acl chromium chromium-driver default-jre-headless exfat-fuse exfatprogs \
     libnss-extrausers openssl python3-venv tcc
 
-DEMO = $(PREFIX)/demo
+DEMO = $(PREFIX)-demo
 DEMO_CONFIG = $(DEMO)/notebooks.cfg
 DEMO_LOG = $(DEMO)/launch.log
 DEMO_PID = $(DEMO)/launch.pid
@@ -40,7 +51,7 @@ BUILD_FILES = build dist *.egg-info
 .SILENT:
 SHELL = /bin/sh
 .SHELLFLAGS = -euc
-.PHONY: help install demo stop-demo undo-demo test check bench clean root test-packages
+.PHONY: help install upgrade demo stop-demo undo-demo test check bench clean root test-packages
 
 help:
 	sed -n '/^#   make/s/^#   //p' Makefile
@@ -51,14 +62,143 @@ root:
 	    exit 1
 	fi
 
-install: root
+# Prints what pip has to install: with `mend` what is damaged, which is then unknown to pip;
+# with `upgrade` all. A package is whole if its files are as its RECORD says; outside of
+# site-packages they are for programs and teachers to change. Packages of an earlier Python
+# are installed for this one. Majors above 20 are years, or say nothing.
+define PACKAGES
+import base64, csv, hashlib, json, shutil, sys
+from pathlib import Path
+
+def is_right(path, digest):
+    if "__pycache__" in path.parts:
+        return True
+    if ".." in path.parts:
+        return "etc" in path.parts or path.exists()
+    kind, _, value = digest.partition("=")
+    found = hashlib.new(kind or "sha256", path.read_bytes()).digest()
+    return value in ("", base64.urlsafe_b64encode(found).rstrip(b"=").decode())
+
+def is_whole(info):
+    try:
+        with open(info / "RECORD", newline="") as file:
+            rows = list(csv.reader(file))
+        (info / "METADATA").stat()
+        return all(is_right(info.parent / path, digest) for path, digest, _ in rows)
+    except (OSError, ValueError):
+        return False
+
+def requirement(info, exact):
+    name, _, version = info.name.removesuffix(".dist-info").partition("-")
+    if (info / "direct_url.json").exists():
+        origin = json.loads((info / "direct_url.json").read_text())
+        vcs = origin.get("vcs_info")
+        url = f"{vcs['vcs']}+{origin['url']}@{vcs['commit_id']}" if vcs else origin["url"]
+        return f"{name} @ {url}"
+    if exact:
+        return f"{name}=={version}"
+    major = version.partition(".")[0]
+    is_bound = major.isdigit() and int(major) <= 20
+    return f"{name}<{int(major) + 1}" if is_bound else name
+
+root, task = Path(sys.argv[1]), sys.argv[2]
+here = "python{}.{}".format(*sys.version_info)
+for site in sorted(root.glob("lib/python3*/site-packages")):
+    is_ours = site.parent.name == here
+    for info in sorted(site.glob("[!~]*.dist-info")):
+        ours = info.name.startswith("notebooks_py-")
+        if task == "upgrade":
+            if not ours and not (info / "direct_url.json").exists():
+                print(requirement(info, False))
+        elif not is_ours or not is_whole(info):
+            if not ours:
+                print(requirement(info, is_ours))
+            shutil.rmtree(info)
+    if not is_ours:
+        shutil.rmtree(site.parent)
+endef
+export PACKAGES
+
+install upgrade: root
 	umask 022
-	$(PYTHON) -m venv $(PREFIX)
-	$(PREFIX)/bin/pip install --quiet --no-cache-dir --disable-pip-version-check .
+	mkdir -p $(VERSIONS)
+	exec 9<$(VERSIONS)
+	flock --nonblock 9 || { echo "Another make $@ runs." >&2; exit 1; }
+
+	# Students can keep us waiting for their processes' maps: then all count as used.
+	used=$$(timeout --signal=KILL 20 grep -ohs -m 1 -e ' $(PREFIX)/lib' \
+	    -e ' $(VERSIONS)/[0-9]*/lib' /proc/[0-9]*/maps) || [ $$? -lt 100 ] || used=any
+	if [ -d $(PREFIX) ] && [ ! -L $(PREFIX) ]; then
+	    # It was installed before there were versions.
+	    case "$$used" in *" $(PREFIX)/lib"*|any)
+	        echo "Something runs from $(PREFIX), which cannot be kept for it this one time:" \
+	            "end launch, run notebooks.py shutdown, and then make $@." >&2
+	        exit 1
+	    esac
+	    mv $(PREFIX) $(VERSIONS)/0
+	    ln -s $(VERSIONS)/0 $(PREFIX)
+	    if [ -d $(PREFIX)/demo ] && [ ! -e $(DEMO) ]; then mv $(PREFIX)/demo $(DEMO); fi
+	fi
+
+	number=1
+	while [ -e $(VERSIONS)/$$number ] || [ -L $(VERSIONS)/$$number ]; do
+	    number=$$((number + 1))
+	done
+	new=$(VERSIONS)/$$number
+	list=$(VERSIONS)/packages
+	trap 'rm -rf $$new $$list' EXIT
+	trap 'exit 130' INT TERM
+	current=$$(readlink -f $(PREFIX))
+	if [ -d $(PREFIX)/lib ]; then
+	    cp -al $$current $$new
+	    # venv does not replace these: it writes into them.
+	    rm -f $$new/pyvenv.cfg $$new/bin/python $$new/bin/python3* $$new/bin/*ctivate*
+	fi
+	$(PYTHON) -Ic "$$PACKAGES" $$new mend >$$list
+	[ ! -s $$list ] || { echo "Damaged, installed again:"; cat $$list; }
+
+	# This mends the interpreter and pip itself.
+	$(PYTHON) -m venv $$new
+	pip() { $$new/bin/python -Im pip --disable-pip-version-check "$$@"; }
+	[ ! -s $$list ] || pip install --quiet --no-cache-dir --no-deps -r $$list
+	pip install --quiet --no-cache-dir $(PACKAGE)
+	if [ $@ = upgrade ]; then
+	    $(PYTHON) -Ic "$$PACKAGES" $$new upgrade >$$list
+	    pip install --quiet --no-cache-dir --upgrade -r $$list $(PACKAGE)
+	fi
 	rm -rf $(BUILD_FILES)
+	$(PYTHON) -Ic "$$PACKAGES" $$new mend >$$list
+	[ ! -s $$list ] || { echo "Still damaged:"; cat $$list; exit 1; } >&2
+	pip check || echo "Something that was installed by hand does not fit the rest, see above."
+
+	# Programs name the link, so that they run with the newest version. What pip has installed
+	# with a private umask is opened to students.
+	grep -rlIF $$new $$new/bin | xargs -r sed -i "s|$$new\b|$(PREFIX)|g"
+	for name in bin etc include lib share; do
+	    [ ! -d $$new/$$name ] || chmod -R go+rX $$new/$$name
+	done
+	$$new/bin/python -I $$new/bin/notebooks.py --version >/dev/null
+	ln -sfn $$new $(PREFIX).new
+	mv -T $(PREFIX).new $(PREFIX)
+	trap 'rm -f $$list' EXIT
 	mkdir -p $(dir $(LINK))
 	ln -sfn $(SCRIPT) $(LINK)
+
+	for old in $$(find $(VERSIONS) -mindepth 1 -maxdepth 1 -type d); do
+	    case "$$old $$used " in
+	        $$new\ *|$$current\ *|*\ any\ |*" $$old/lib"*) continue
+	    esac
+	    case $$old in
+	        *.old) ;;
+	        *) mv $$old $$old.old; ln -s $(PREFIX) $$old; old=$$old.old ;;
+	    esac
+	    rm -rf $$old
+	done
 	echo "Installed: $(LINK)"
+	if [ -n "$$used" ]; then
+	    echo "What runs keeps its version. Servers that start have the new one once launch has" \
+	        "been ended and started again."
+	fi
 
 # The copy is private, for `setup` writes passwords into it; it is kept where it exists.
 demo: install stop-demo
@@ -111,7 +251,7 @@ undo-demo: stop-demo
 	fi
 	rm -rf $(DEMO)
 	if [ "$$(readlink $(LINK))" = $(SCRIPT) ]; then rm $(LINK); fi
-	if [ -e $(PREFIX)/pyvenv.cfg ]; then rm -rf $(PREFIX); fi
+	if [ -e $(PREFIX)/pyvenv.cfg ]; then rm -rf $(PREFIX) $(VERSIONS); fi
 	echo "The demo is undone."
 
 test-packages:

@@ -664,13 +664,17 @@ def script_command(*arguments: str) -> list[str]:
     """Return the command line that executes this script for as long as a course lasts.
 
     `-I` ignores PYTHON* variables and the current directory. Going through runpy frees the
-    9 MB syntax tree that CPython keeps for a script given by name.
+    9 MB syntax tree that CPython keeps for a script given by name. Paths through no links
+    name this version of the installation, whatever `make upgrade` puts in its place.
     """
     run = (
         "import runpy, sys; del sys.argv[0];"
         " runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    return [sys.executable, "-I", "-c", run, __file__, *arguments]
+    # The last link of the interpreter stays: it makes the environment.
+    directory, name = os.path.split(sys.executable)
+    python = os.path.join(os.path.realpath(directory), name)
+    return [python, "-I", "-c", run, os.path.realpath(__file__), *arguments]
 
 
 def restart_delay(last: float, started: float) -> float:
@@ -5445,12 +5449,17 @@ MAX_NOTEBOOK_BYTES = 1 << 24  # of longer ones the kernel is not looked for
 LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
 
 
+def is_closed(path: Path, need: int = os.R_OK) -> bool:
+    """Say whether we may not read a file, or enter a directory and read it."""
+    need |= os.X_OK if os.path.isdir(path) else 0
+    return not os.access(path, need, effective_ids=True)
+
+
 def first_closed_step(paths: Iterable[Path]) -> Path | None:
     """Return the first directory or file, on the way to these, that is closed to us."""
     for path in paths:
         for step in (*reversed(path.parents), path):
-            need = (os.X_OK if step.is_dir() else 0) | (os.R_OK if step == path else 0)
-            if not os.access(step, need, effective_ids=True):
+            if is_closed(step, os.R_OK if step == path else 0):
                 return step
     return None
 
@@ -5478,6 +5487,20 @@ def check_reachable() -> None:
             f"students cannot execute {sys.executable}: {closed} is closed to them;"
             " install notebooks.py where everyone may read, as `sudo make install` does"
             " (into /opt/notebooks), and run that"
+        )
+    warn_of_closed_packages(Path(origins[0]).parent.parent)
+
+
+def warn_of_closed_packages(site: Path) -> None:
+    """Name what students cannot read, as after an installation with a private umask."""
+    entries = list(site.iterdir())
+    with acting_as(identity_of(pwd.getpwnam("nobody"))):
+        closed = {re.split("[-.]", x.name)[0] for x in entries if is_closed(x)}
+    if closed:
+        place = site if sys.prefix == sys.base_prefix else Path(sys.prefix)
+        log.warning(
+            "students cannot read the packages %s: run `chmod -R go+rX %s`",
+            *(", ".join(sorted(closed)), shlex.quote(str(place))),
         )
 
 
@@ -6218,7 +6241,8 @@ def run_command(arguments: Sequence[str]) -> int:
 
     # It runs for weeks, in a process that is as small as it can be.
     if options.command == "launch" and not sys.flags.isolated:
-        os.execv(sys.executable, script_command(*arguments))
+        command = script_command(*arguments)
+        os.execv(command[0], command)
     given = {field.name for field in dataclasses.fields(Options)} & set(vars(options))
     wanted = Options(**{name: getattr(options, name) for name in given})
     course = load_course(options.config, wanted)
