@@ -3786,6 +3786,53 @@ def ensure_own_certificate(config: Config) -> Certificate:
     return certificate
 
 
+# == Pages =================================================================================
+#
+# What people see before they have logged in: the landing page, and the log-in and log-out
+# pages of notebook servers, which are templates (Jinja). They need no file and no network.
+
+MAX_SHOWN_NAME = 100  # characters
+
+STYLE = """
+body { font: 1.1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 40rem;
+       padding: 1rem; color: #222; background: #fff; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; } a { color: inherit; }
+form { display: flex; gap: .5rem; flex-wrap: wrap; margin: 1.5rem 0; }
+input, button { font: inherit; padding: .5rem .8rem; border: 1px solid #767676;
+                border-radius: .4rem; }
+input { flex: 100 1 12rem; min-width: 0; }
+button { flex: 1 0 auto; background: #a8470b; border-color: #a8470b; color: #fff; }
+ul { list-style: none; padding: 0; }
+li a { display: flex; justify-content: space-between; gap: 1rem; padding: .6rem .2rem;
+       border-bottom: 1px solid #ddd; text-decoration: none; }
+li a:hover, li a:focus { background: #f6efe8; } code { color: #666; }
+.message { border-left: .3rem solid #a8470b; padding: .3rem .8rem; }
+@media (prefers-color-scheme: dark) {
+  body { color: #e6e6e6; background: #191919; } input { background: #222; color: inherit; }
+  li a { border-color: #444; } li a:hover, li a:focus { background: #2c2620; }
+  code { color: #aaa; } }
+"""
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{style}</style></head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+
+def make_page(title: str, body: str, message: str = "") -> str:
+    """Return a page; title and message are escaped here, the body is HTML."""
+    if message:
+        body = f'<p class="message">{html.escape(message)}</p>\n{body}'
+    return PAGE.format(title=html.escape(title), style=STYLE, body=body)
+
+
 # == Launch 1: the notebook server of a student ============================================
 #
 # All of this runs in a fork of the template process, which becomes the student before it
@@ -3823,6 +3870,33 @@ KERNEL_WITHOUT_DEBUGGER = (
     " runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
 )
 
+# It asks whether to fetch news, of which `news_url` leaves none.
+NEWS_PLUGIN = "@jupyterlab/apputils-extension:announcements"
+
+# The log-in and the log-out page: a template (Jinja, which escapes what it is given).
+# Visitors may know this host by another name than we do: then the link takes theirs.
+LOG_IN_PAGE = make_page(
+    "{{ order.title }}",
+    """{% set is_out = message and message.info %}
+{% if message and message.error %}<p class="message" role="alert">That was not the password
+of this notebook. Is the Caps Lock key on? Is the name below yours?</p>{% endif %}
+<p>{{ "You have logged out of the" if is_out else "The" }} notebook of
+{% if order.name %}<strong>{{ order.name }}</strong>, {% endif -%}
+<code>{{ order.username }}</code>.
+<a href="{{ order.page_url }}"{% if order.any_host %}
+ onclick="this.hostname = location.hostname"{% endif %}>
+{{ "To the page of the course" if is_out else "Not yours? Find your own." }}</a></p>
+{% if is_out %}<p><a href="{{ base_url }}login">Log in again</a></p>
+{% else %}<form action="{{ base_url }}login?next={{ next }}" method="post">
+{{ xsrf_form_html() | safe }}
+<input name="username" value="{{ order.username }}" autocomplete="username" hidden>
+<input name="password" type="password" aria-label="Notebook password" required autofocus
+ placeholder="Notebook password" autocomplete="current-password">
+<button>Log in</button></form>
+<p>It asks for the password of the notebook, not for that of the account.</p>{% endif %}
+""",
+)
+
 
 class ServerOrder(Message):
     """All that a student's server is told; the password is a hash in Jupyter's format.
@@ -3844,6 +3918,11 @@ class ServerOrder(Message):
     cert_file: str = ""
     key_file: str = ""
     tcp_kernels: bool = False
+    name: str = ""
+    title: str = ""
+    page_url: str = ""
+    any_host: bool = False  # of the page, as of the notebook
+    course: str = ""  # its configuration file, for ps
 
 
 def hash_password(password: str) -> str:
@@ -4203,6 +4282,7 @@ def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
 
 def make_app(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     """Return the application; nothing in the home was executed. Step 7 of a start."""
+    from jinja2 import ChoiceLoader, DictLoader
     from jupyter_server.serverapp import ServerApp
 
     # Root's while Jupyter looks for Python to execute. Terminals and kernels must not
@@ -4222,8 +4302,19 @@ def make_app(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     settings = Path(account.pw_dir, ".jupyter", app.config_manager.config_dir_name)
     app.config_manager.write_config_dir = str(settings)
     app.web_app.add_handlers(".*$", export_handlers(app.base_url))
+    templates = app.web_app.settings["jinja2_env"]
+    pages = DictLoader(dict.fromkeys(["login.html", "logout.html"], LOG_IN_PAGE))
+    templates.loader = ChoiceLoader([pages, templates.loader])
+    templates.globals["order"] = order
+    app.web_app.settings["page_config_hook"] = without_news
     del os.environ["JUPYTER_CONFIG_DIR"]
     return app
+
+
+def without_news(_: object, page_config: dict[str, Any]) -> dict[str, Any]:
+    """Return what JupyterLab's pages are told, without the plugin that asks for news."""
+    disabled = [*page_config.get("disabledExtensions", []), NEWS_PLUGIN]
+    return {**page_config, "disabledExtensions": disabled}
 
 
 def serve(app: Any, context: ssl.SSLContext, listener: socket.socket) -> None:
@@ -4587,40 +4678,8 @@ async def rehearse_visit(app: Any) -> None:
 WEBSERVER_TITLE = "notebooks.py: webserver"
 PAGE_SECONDS = 10.0  # in which a visitor must have made a request
 VISIT_SECONDS = 2.0  # for which the page waits for a notebook server
-MAX_SHOWN_NAME = 100  # characters
 TLS_HANDSHAKE = b"\x16"  # the first byte of a connection that opens one: RFC 8446
 
-STYLE = """
-body { font: 1.1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 40rem;
-       padding: 1rem; color: #222; background: #fff; }
-h1 { font-size: 1.6rem; }
-form { display: flex; gap: .5rem; flex-wrap: wrap; margin: 1.5rem 0; }
-input, button { font: inherit; padding: .5rem .8rem; border: 1px solid #767676;
-                border-radius: .4rem; }
-input { flex: 100 1 12rem; min-width: 0; }
-button { flex: 1 0 auto; background: #a8470b; border-color: #a8470b; color: #fff; }
-ul { list-style: none; padding: 0; }
-li a { display: flex; justify-content: space-between; gap: 1rem; padding: .6rem .2rem;
-       border-bottom: 1px solid #ddd; color: inherit; text-decoration: none; }
-li a:hover, li a:focus { background: #f6efe8; } code { color: #666; }
-.message { border-left: .3rem solid #a8470b; padding: .3rem .8rem; }
-@media (prefers-color-scheme: dark) {
-  body { color: #e6e6e6; background: #191919; } input { background: #222; color: inherit; }
-  li a { border-color: #444; } li a:hover, li a:focus { background: #2c2620; }
-  code { color: #aaa; } }
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{style}</style></head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
 FORM = """<form action="/" method="get">
 <input name="username" aria-label="User name" placeholder="User name" required
  autocapitalize="none" autocomplete="username" spellcheck="false">
@@ -4667,13 +4726,6 @@ def content_security_policy() -> str:
         f"default-src 'none'; style-src 'sha256-{digest}'; form-action https:;"
         " base-uri 'none'; frame-ancestors 'none'"
     )
-
-
-def make_page(title: str, body: str, message: str = "") -> str:
-    """Return a page; title and message are escaped here, the body is HTML."""
-    if message:
-        body = f'<p class="message">{html.escape(message)}</p>\n{body}'
-    return PAGE.format(title=html.escape(title), style=STYLE, body=body)
 
 
 def landing_page(
@@ -5198,6 +5250,10 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
 
     return ServerOrder(
         username=server.username,
+        name=server.member.student.full_name[:MAX_SHOWN_NAME] * config.list_students,
+        title=config.web_title,
+        page_url=f"https://{visible_address(config)}:{config.port}/",
+        any_host=not config.server_address,
         course=str(config.path),
         port=server.port,
         url=f"https://{host}:{server.port}/{server.username}/",

@@ -158,3 +158,62 @@ def test_the_field_leads_to_the_log_in_on_a_phone(make_course: CourseMaker) -> N
         log_in(phone, course, username)
         use(phone, ".jp-DirListing")
         assert phone.current_url.startswith(course.notebook_url(username))
+
+
+def fits(browser: WebDriver) -> bool:
+    root = "document.documentElement"
+    fit: bool = browser.execute_script(
+        f"return {root}.scrollWidth <= {root}.clientWidth && {root}.clientWidth == 360"
+    )
+    return fit
+
+
+def test_the_log_in_page_says_whose_notebook_it_is_and_leads_back(
+    make_course: CourseMaker,
+) -> None:
+    course = make_course(2, web_title="Physics <b>& more", on_demand="yes")
+    rows = list(course.rows().values())
+    rows[0]["name"] = "<script>document.title = 'taken'</script>Ada"
+    rows[0]["surname"] = "A" * 60
+    course.write_students(rows)
+    course.check("setup")
+    course.launch().wait_ready()
+    username = course.students[0]
+    with chromium(360, 700) as phone:
+        phone.get(course.notebook_url(username) + "tree?at=home")
+        use(phone, "body", "The notebook of <script>document.title = 'taken'</script>Ada")
+        use(phone, "code", username)
+        use(phone, "h1", "Physics <b>& more")
+        assert phone.title == "Physics <b>& more"
+        use(phone, "body", "the password of the notebook, not for that of the account")
+        assert fits(phone)
+        use(phone, "a", "Not yours?", WebElement.click)
+        wait_until(lambda: phone.current_url == course.url, 30, "the landing page")
+
+        phone.get(course.notebook_url(username) + "tree?at=home")
+        sys_pass = course.rows()[username]["sys-pass"]
+        use(phone, "input[type=password]", "", write(sys_pass, Keys.ENTER))
+        use(phone, "[role=alert]", "That was not the password")
+        assert fits(phone)
+        log_in(phone, course, username)
+        wait_until(lambda: "tree?at=home" in phone.current_url, 30, "what was wanted")
+
+        phone.get(course.notebook_url(username) + "logout")
+        use(phone, "p", "You have logged out of the notebook of")
+        assert fits(phone)
+        use(phone, "a", "Log in again", WebElement.click)
+        use(phone, "input[type=password]")
+
+
+def test_jupyterlab_asks_nobody_about_news(
+    make_course: CourseMaker, browser: WebDriver
+) -> None:
+    course = make_course(1, on_demand="yes")
+    course.check("setup")
+    course.launch().wait_ready()
+    (username,) = course.students
+    browser.get(course.notebook_url(username) + "lab")
+    log_in(browser, course, username)
+    use(browser, ".jp-Launcher")
+    with pytest.raises(TimeoutError):
+        use(browser, ".Toastify__toast", "news", seconds=6)
