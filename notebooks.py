@@ -950,8 +950,15 @@ def delete_tree(path: Path) -> None:
 # A key of `notebooks.cfg` is a field of `Config`, with its section, its parser and its
 # default: a new key needs a line there, a line in the README, and a use. A parser raises
 # ValueError with what would be right. All that is wrong is told at once.
+#
+# The section [Environment] has no keys but variables, of any name.
 
-MAX_CONFIG_CHARACTERS = 1 << 20
+MAX_CONFIG_CHARACTERS = 1 << 16
+ENVIRONMENT = "Environment"
+# What the servers set themselves, and what leads them to code and configuration.
+OWN_VARIABLES = re.compile(
+    r"HOME|USER|LOGNAME|SHELL|ENV|BASH_ENV|PROMPT_COMMAND|NOTEBOOKS_PATH|JUPYTER\w*"
+)
 CERTIFICATE_NAME = "notebooks.pem"
 # What editors, Jupyter and version control leave, which is nobody's work.
 IGNORE = ".git .svn .ipynb_checkpoints __pycache__ .DS_Store ._* Thumbs.db .~* *.swp .nfs*"
@@ -1085,6 +1092,7 @@ class Config:
     retrieve_limit: int = setting("Shutdown", parse_size, "1G")
     archive_dir: Path | None = setting("Shutdown", optional(parse_path))
     archive_limit: int = setting("Shutdown", parse_size, "10G")
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def of(self, username: str) -> "Config":
         """Return what it says for one student: {username} in `material_dir` is the name."""
@@ -1130,12 +1138,21 @@ class Config:
 
 def config_keys() -> dict[str, Mapping[str, Any]]:
     """Return the keys of the file, each with its section, parser and default."""
-    return {each.name: each.metadata for each in dataclasses.fields(Config)[1:]}
+    return {x.name: x.metadata for x in dataclasses.fields(Config) if x.metadata}
+
+
+class IniParser(configparser.ConfigParser):
+    """Reads keys without regard to case, and the names of variables as they are."""
+
+    def optionxform(self, optionstr: str) -> str:
+        # While a file is read, the last section is the one that is being read.
+        is_variable = self.sections()[-1:] == [ENVIRONMENT]
+        return optionstr if is_variable else optionstr.lower()
 
 
 def read_ini(path: Path) -> configparser.ConfigParser:
     """Read an INI file; raises UsageError for one that is not there or is none."""
-    parser = configparser.ConfigParser(interpolation=None)
+    parser = IniParser(interpolation=None)
     try:
         # Another course's may lie where a student can put a FIFO.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -1179,7 +1196,7 @@ def explain_ini(error: configparser.Error) -> str:
 def unknown_keys(parser: configparser.ConfigParser) -> Iterator[str]:
     """Yield what the file has that `Config` does not know."""
     section_of = {key: str(each["section"]) for key, each in config_keys().items()}
-    sections = list(dict.fromkeys(section_of.values()))
+    sections = [*dict.fromkeys(section_of.values()), ENVIRONMENT]
 
     # configparser gives the keys of [DEFAULT] to all sections, but does not list it.
     default = ["DEFAULT"] if parser.defaults() else []
@@ -1206,18 +1223,41 @@ def parse_value(text: str, parse: Callable[[str], Any], base: Path) -> Any:
     return value
 
 
+def without_comment(text: str) -> str:
+    return re.sub(r"(^|\s+)[#;].*", "", text)
+
+
+def pop_variables(parser: configparser.ConfigParser) -> tuple[dict[str, str], list[str]]:
+    """Take [Environment] out; return it and what is wrong, without values: secrets."""
+    variables, problems = {}, []
+
+    for name, text in parser.items(ENVIRONMENT) if parser.has_section(ENVIRONMENT) else ():
+        try:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise ValueError("must be a name of letters, digits and _")
+            if OWN_VARIABLES.fullmatch(name):
+                raise ValueError("is set by notebooks.py, for each student's server")
+            variables[name] = parse_value(without_comment(text), str, Path())
+        except ValueError as error:
+            problems.append(f"[{ENVIRONMENT}] {name}: {error}")
+
+    parser.remove_section(ENVIRONMENT)
+    return variables, problems
+
+
 def read_config(path: Path) -> tuple[Config, list[str]]:
     """Return what the file says, with defaults for wrong keys, and all that is wrong."""
     parser = read_ini(path)
     base = path.absolute().parent
-    problems = list(unknown_keys(parser))
     values: dict[str, Any] = {"path": Path(os.path.realpath(path.parent), path.name)}
+    values["environment"], problems = pop_variables(parser)
+    problems += unknown_keys(parser)
 
     for key, option in config_keys().items():
         section, parse = option["section"], option["parse"]
         text = parser.get(section, key, fallback=option["default"]).strip()
         if parse is not str:  # a title may be `Physics #1`
-            text = re.sub(r"(^|\s+)[#;].*", "", text)
+            text = without_comment(text)
         try:
             values[key] = parse_value(text, parse, base)
         except ValueError as error:
@@ -3234,6 +3274,11 @@ def pack_home(member: Member, fd: int, max_bytes: int) -> None:
 RUNTIME_DIR = Path("/var/lib/notebooks")
 CONFIG_DIR = RUNTIME_DIR / "config"  # root's, where servers look for configuration
 TEMPLATE_HOME = RUNTIME_DIR / "template"  # HOME of the helpers: nobody makes it
+# Shells read it, for /etc/profile sets PATH anew in those of a log-in.
+PATH_SCRIPT = CONFIG_DIR / "path.sh"
+ADD_PATH = (
+    'case ":$PATH:" in *":$NOTEBOOKS_PATH:"*) ;; *) PATH=$NOTEBOOKS_PATH:$PATH ;; esac\n'
+)
 
 
 def runtime_dir_of(account: pwd.struct_passwd) -> Path:
@@ -3246,6 +3291,8 @@ def ensure_config_dir() -> None:
     RUNTIME_DIR.chmod(0o711)
     # Without this file jupyter_core takes the directory for one of IPython 3's.
     (CONFIG_DIR / "migrated").touch(mode=0o644)
+    if not PATH_SCRIPT.exists():
+        PATH_SCRIPT.write_text(ADD_PATH)
 
 
 def ensure_runtime_dir(account: pwd.struct_passwd) -> None:
@@ -3905,7 +3952,11 @@ class ServerOrder(Message):
     """
 
     username: str = "rehearsal"
-    course: str = ""  # its configuration file, for the title
+    name: str = ""
+    title: str = ""
+    page_url: str = ""
+    any_host: bool = True  # of the page, as of the notebook
+    course: str = ""  # its configuration file, for ps
     port: int = 0
     url: str = ""
     password: str = "-"
@@ -3915,14 +3966,11 @@ class ServerOrder(Message):
     idle_seconds: int = 0
     idle_kernel_seconds: int = 0
     debugger: bool = False
+    tcp_kernels: bool = False
     cert_file: str = ""
     key_file: str = ""
-    tcp_kernels: bool = False
-    name: str = ""
-    title: str = ""
-    page_url: str = ""
-    any_host: bool = False  # of the page, as of the notebook
-    course: str = ""  # its configuration file, for ps
+    # It may hold secrets.
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def hash_password(password: str) -> str:
@@ -3942,16 +3990,25 @@ def make_cookie_secret(username: str, password: str) -> str:
     return hmac.digest(password.encode(), f"cookies of {username}".encode(), "sha256").hex()
 
 
-def server_environment(account: pwd.struct_passwd) -> dict[str, str]:
+def server_environment(account: pwd.struct_passwd, given: Mapping[str, str]) -> Any:
     """Return the whole environment of a student's server, kernels and terminals."""
+    path = str(Path(sys.executable).parent)
+
     return {
+        "LANG": "C.UTF-8",
+        **given,
         "HOME": account.pw_dir,
         "USER": account.pw_name,
         "LOGNAME": account.pw_name,
         "SHELL": account.pw_shell,
-        "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
-        "LANG": os.environ.get("LANG", "C.UTF-8"),
+        "PATH": f"{path}:{given.get('PATH', '/usr/local/bin:/usr/bin:/bin')}",
         "JUPYTER_RUNTIME_DIR": str(runtime_dir_of(account)),
+        # With these shells heed PATH_SCRIPT, also those that a student starts: bash at a
+        # prompt and before a script, sh when it is interactive.
+        "NOTEBOOKS_PATH": path,
+        "PROMPT_COMMAND": f". {PATH_SCRIPT}",
+        "BASH_ENV": str(PATH_SCRIPT),
+        **({} if account.pw_shell.endswith("/bash") else {"ENV": str(PATH_SCRIPT)}),
     }
 
 
@@ -4272,7 +4329,8 @@ def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
     leave_session_keyring()
 
     os.environ.clear()
-    os.environ.update(server_environment(account))
+    os.environ.update(server_environment(account, order.environment))
+    time.tzset()
     os.umask(0o077)
     os.chdir("/")
     app = make_app(order, account)
@@ -5247,6 +5305,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
     config, certificate = context.config, context.certificate
     host = visible_address(config, f"{server.username}.")
     password = server.member.student.nb_pass
+    kept = {name: os.environ[name] for name in ("LANG", "TZ") if name in os.environ}
 
     return ServerOrder(
         username=server.username,
@@ -5267,6 +5326,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         tcp_kernels=config.tcp_kernels,
         cert_file=str(certificate.cert_file),
         key_file=str(certificate.key_file),
+        environment={**kept, **config.environment},
     )
 
 

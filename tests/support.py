@@ -321,7 +321,13 @@ def free_port_range(count: int) -> int:
 class Launch:
     """A running `notebooks.py launch`, its output in a file."""
 
-    def __init__(self, config: Path, *options: object, script: Path = NOTEBOOKS):
+    def __init__(
+        self,
+        config: Path,
+        *options: object,
+        script: Path = NOTEBOOKS,
+        env: Mapping[str, str] | None = None,
+    ):
         self.log = config.with_name(f"launch-{secrets.token_hex(4)}.log")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -329,7 +335,7 @@ class Launch:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=ENVIRONMENT,
+                env={**ENVIRONMENT, **(env or {})},
             )
         self.pid = self.process.pid
 

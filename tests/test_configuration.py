@@ -81,6 +81,7 @@ def test_an_empty_file_gives_the_defaults_beside_it(tmp_path: Path) -> None:
         retrieve_limit=1 << 30,
         archive_dir=None,
         archive_limit=10 << 30,
+        environment={},
     )
     assert config.start_dir == Path("course/material")
 
@@ -225,7 +226,8 @@ def test_a_bad_value_is_refused_with_what_is_right(
         ("[Shutdown]\nx=1", "[Shutdown] x", "retrieve_limit, archive_dir, archive_limit"),
         ("[setup]", "[setup]: unknown section", "did you mean `Setup`?"),
         ("[Lunch]\nport=1", "[Lunch]: unknown section", "did you mean `Launch`?"),
-        ("[DEFAULT]\nport=1", "[DEFAULT]: unknown section", "Setup, Launch, Shutdown"),
+        ("[DEFAULT]\nport=1", "[DEFAULT]: unknown section", "Shutdown, Environment"),
+        ("[environment]\nA=1", "[environment]: unknown section", "`Environment`?"),
     ],
 )
 def test_an_unknown_word_is_refused_with_the_nearest_known_one(
@@ -289,3 +291,37 @@ def test_an_unknown_word_in_braces_is_refused(tmp_path: Path) -> None:
     _, problems = read_key(tmp_path, "material_dir", "feedback/{username}/{assignment}")
     (problem,) = problems
     assert "material_dir: has {assignment} in it; only {username} has" in problem
+
+
+def test_the_environment_takes_variables_as_they_are_written(tmp_path: Path) -> None:
+    text = (
+        "[Environment]\nhttp_proxy = http://u:p%40x@proxy:3128/%7E  # ours\n"
+        "HTTP_PROXY = upper\nPORT = 80\nEMPTY =\n[Launch]\nPort = 9000\n"
+    )
+    config, problems = read(tmp_path, text)
+    assert (config.port, problems) == (9000, [])
+    assert config.environment == {
+        "http_proxy": "http://u:p%40x@proxy:3128/%7E",
+        "HTTP_PROXY": "upper",
+        "PORT": "80",
+        "EMPTY": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("1A = secret", "1A: must be a name of letters, digits and _"),
+        ("A B = secret", "A B: must be a name of letters, digits and _"),
+        ("HOME = secret", "HOME: is set by notebooks.py"),
+        ("JUPYTER_CONFIG_PATH = secret", "JUPYTER_CONFIG_PATH: is set by notebooks.py"),
+        ("BASH_ENV = secret", "BASH_ENV: is set by notebooks.py"),
+        ('A = "secret"', "A: must be without quotation marks"),
+    ],
+)
+def test_a_bad_variable_is_refused_and_its_value_not_shown(
+    tmp_path: Path, line: str, problem: str
+) -> None:
+    _, (said,) = read(tmp_path, f"[Environment]\n{line}\n")
+    assert said.startswith(f"{tmp_path}/notebooks.cfg: [Environment] {problem}")
+    assert "secret" not in said

@@ -327,7 +327,7 @@ def check_environment(course: Course, username: str, environment: dict[str, str]
 def test_kernels_and_terminals_get_no_other_variables(
     course: Course, student: str, notebook: Notebook
 ) -> None:
-    own = {*notebooks.server_environment(pwd.getpwnam(student))}
+    own = {*notebooks.server_environment(pwd.getpwnam(student), {})}
     own |= {"PWD", "OLDPWD", "SHLVL", "_"}  # the shell's
     in_kernel = notebook.execute("print(*os.environ)").split()
     in_terminal = notebook.execute_in_terminal("compgen -e").split()
