@@ -4350,7 +4350,6 @@ def make_app(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     importlib.reload(sys.modules["send2trash.plat_other"])
 
     app: Any = ServerApp(config=server_settings(order, account))
-    app.name = "notebook"
     # The templates of nbconvert are Python in disguise, and are looked up in the home: they
     # would run in this process, which holds the host's key.
     app.default_services = [x for x in app.default_services if x != "nbconvert"]
