@@ -4090,7 +4090,7 @@ def student_argv(argv: Sequence[str], profile: str, debugger: bool) -> list[str]
 
 def kernel_transports(spec: Any, tcp_kernels: bool) -> list[str]:
     """Return the transports to try with a kernel that has not come up yet, in order."""
-    wish, is_python = spec.metadata.get("transport"), "ipykernel_launcher" in spec.argv
+    wish, is_python = spec.metadata.get("transport"), "ipykernel" in " ".join(spec.argv)
     if not tcp_kernels or wish == "ipc" or (is_python and wish != "tcp"):
         return ["ipc"]
     return ["tcp"] if wish == "tcp" else ["ipc", "tcp"]
@@ -4159,12 +4159,11 @@ def kernel_classes(order: ServerOrder) -> dict[str, type]:
             return self.log_message or ""
 
     class StudentKernelManager(AsyncMappingKernelManager):
-        kernel_spec_manager: Any
-
         async def start_kernel(self, **options: Any) -> str:  # type: ignore[override]
             options["path"] = options.get("path") or ""
             name = options.get("kernel_name") or self.default_kernel_name
-            spec, known = self.kernel_spec_manager.get_kernel_spec(name), name in transports
+            manager: Any = self.kernel_spec_manager
+            spec, known = manager.get_kernel_spec(name), name in transports
             tried = kernel_transports(spec, order.tcp_kernels)
             for transport in [transports[name]] if known else tried:
                 try:

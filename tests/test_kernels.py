@@ -208,13 +208,18 @@ def test_how_a_kernel_came_up_is_remembered(course: Course, notebook: Notebook) 
 def test_why_a_kernel_does_not_start_is_told(course: Course, notebook: Notebook) -> None:
     write_spec(course, "gone", "/nowhere/gone", "{connection_file}")
     write_spec(course, "ends", "sh", "-c", "echo sorry >&2; exit 1", "{connection_file}")
+    write_spec(course, "broken", sys.executable, "-m", "ipykernel_launcher", "--f=/no/x")
     text = refusal(notebook, "gone")
     assert text.startswith("The kernel gone cannot be started: No such file")
     assert "/nowhere/gone" in text
     assert refusal(notebook, "ends").startswith(
         "The kernel ends cannot be started: it ended"
     )
-    assert "sorry" in (course.home(course.students[0]) / ".notebooks.log").read_text()
+    log = course.home(course.students[0]) / ".notebooks.log"
+    assert log.read_text().count("sorry") == 2  # with either transport
+    starts = log.read_text().count("Kernel started: ")
+    assert "it ended" in refusal(notebook, "broken")
+    assert log.read_text().count("Kernel started: ") == starts + 1  # Python's needs no TCP
 
 
 def test_a_notebook_shows_why_its_kernel_does_not_start(
