@@ -19,7 +19,15 @@ import pytest
 
 import notebooks
 from conftest import CourseMaker
-from support import Course, made_account, run_as, run_on_terminal, start, wait_until
+from support import (
+    Course,
+    kill_all,
+    made_account,
+    run_as,
+    run_on_terminal,
+    start,
+    wait_until,
+)
 
 pytestmark = pytest.mark.root
 
@@ -1180,3 +1188,25 @@ def test_thousands_of_notebooks_are_told_in_a_line(term: Course) -> None:
     first = ", ".join(f"'{term.material}/n000{number}.ipynb'" for number in range(5))
     told = "kernel 'elsewhere', not installed, is named by"
     assert done.stderr == f"notebooks.py: {told} {first} and 9995 more\n"
+
+
+def test_a_file_system_of_its_own_for_sockets_stays_mounted(
+    make_course: CourseMaker,
+) -> None:
+    """`shutdown` could not remove its root, and failed."""
+    course, place = make_course(1), str(notebooks.RUNTIME_DIR)
+    course.check("setup")
+    notebooks.RUNTIME_DIR.mkdir(exist_ok=True)
+    options = ["-t", "tmpfs", "-o", "mode=0755", "tmpfs"]
+    subprocess.run(["mount", "--no-mtab", *options, place], check=True)
+    try:
+        for _ in range(2):
+            launch = course.launch().wait_ready()
+            assert course.notebook(course.students[0]).execute("6 * 7") == "42"
+            launch.stop()
+            course.check("shutdown")
+            assert os.listdir(place) == []
+        course.check("remove", "--yes")
+    finally:
+        kill_all(course.processes, "the server")
+        subprocess.run(["umount", "--no-mtab", place], check=True)
