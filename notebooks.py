@@ -1355,14 +1355,17 @@ ALPHABETS = (
     ("cp1250", "[a-zăâîşţáéóöőü]+"),
     ("cp1257", "[a-ząčęėįšųūžāēģīķļņ]+"),
     ("cp932", "[ぁ-ヿ一-鿿々〆]+"),
+    ("cp949", "[가-힣]+"),
     ("cp1255", "[א-ת]+"),
     ("cp1251", "[а-яѐ-џґ]+"),
     ("cp1253", "[ά-ώΐΰ]+"),
+    ("cp1256", "[ء-ي]+"),
+    ("cp874", "[ก-๎]+"),
+    ("gb18030", "[一-鿿]+"),
+    ("big5", "[一-鿿]+"),
     ("mac_roman", "[a-zàáâäçèéêëîïíñòóôößúü]+"),
 )
-OTHERS = "cp949 gb18030 big5 cp1255 cp1256 cp874 koi8_r cp1252"  # for charset-normalizer
 WORD = re.compile(r"[^\0-@\[-`{-\x7f\xa0«»°§‘’“”„–—…\u3000]+")
-MIN_SHARE = 0.75  # of words in one language
 
 # Names by which hosts give rights, as to an account's private group.
 PRIVILEGED = (
@@ -1470,17 +1473,10 @@ def guess_encoding(data: bytes) -> str:
         data.decode()
         return "utf-8"
 
+    # Charset-normalizer cannot tell French from Czech in short lists.
     lines = [line for line in data.splitlines() if not line.isascii()]
     sample = b"\n".join(lines[:1000])
-    shares = [share_of_words(sample, *each) for each in ALPHABETS]
-    if max(shares) > MIN_SHARE:
-        return ALPHABETS[shares.index(max(shares))][0]
-
-    # It cannot tell French from Czech in short lists: hence the alphabets.
-    from charset_normalizer import from_bytes
-
-    match = from_bytes(sample, cp_isolation=OTHERS.split(), enable_fallback=False).best()
-    return match.encoding if match else "cp1252"
+    return max(ALPHABETS, key=lambda each: share_of_words(sample, *each))[0]
 
 
 def share_of_words(data: bytes, encoding: str, alphabet: str) -> float:
