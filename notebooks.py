@@ -2200,7 +2200,6 @@ class Worker:
         self.member = member
         self.silence = 0.0  # seconds, as far as we were there to listen
         self.answer: Message | None = None
-        self.exit_code = 0
         self.child = Child.fork(lambda channel: work(channel, function, member))
 
     def is_finished(self, seconds: float) -> bool:
@@ -2211,7 +2210,9 @@ class Worker:
             try:
                 message, _ = self.child.channel.receive_message()
             except (EOFError, ValueError):
-                self.exit_code = self.child.reap()
+                ended = explain_exit(self.child.reap())
+                text = f"its process ended unexpectedly: it {ended}"
+                self.answer = self.answer or Failed(text)
                 return True
             if not isinstance(message, SignOfLife):
                 self.answer = message
@@ -2224,13 +2225,10 @@ class Worker:
 
     def result(self) -> Any:
         """Return what the work returned, or raise the Error in which it ended."""
-        match self.answer:
-            case Done(value):
-                return value
-            case Failed(reason, is_stuck):
-                raise (StuckError if is_stuck else Error)(reason)
-        reason = explain_exit(self.exit_code)
-        raise Error(f"its process ended unexpectedly: it {reason}")
+        if isinstance(self.answer, Failed):
+            raise (StuckError if self.answer.is_stuck else Error)(self.answer.reason)
+        assert isinstance(self.answer, Done)
+        return self.answer.value
 
 
 def work(channel: Channel, function: Callable[[Member], Any], member: Member) -> None:
