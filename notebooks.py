@@ -930,19 +930,15 @@ def cpu_seconds(pid: int) -> float:
     return total
 
 
-def run_deletion(*argv: str) -> None:
-    """Run find(1) as root; raises Error if not all could be deleted."""
-    if not run_as(identity_of(pwd.getpwuid(0)), argv, DELETE_SECONDS):
-        raise Error(f"{shlex.join(argv[:2])} could not delete everything")
+def delete_tree(path: Path, *tests: str) -> None:
+    """Delete a directory with what is in it and not mounted, if it passes tests of find(1).
 
-
-def delete_tree(path: Path) -> None:
-    """Delete a directory with all that is in it, but for what is mounted; raises Error.
-
-    rm(1) cannot delete what is nested a thousand deep.
+    rm(1) cannot delete what is nested a thousand deep. Raises: Error.
     """
-    if os.path.lexists(path):
-        run_deletion("find", str(path), "-xdev", "-delete")
+    root, command = identity_of(pwd.getpwuid(0)), ["find", str(path), "-xdev"]
+    command += [*tests, "-delete"]
+    if os.path.lexists(path) and not run_as(root, command, DELETE_SECONDS):
+        raise Error(f"not everything in {path} could be deleted")
 
 
 # == Configuration =========================================================================
@@ -3657,9 +3653,8 @@ def delete_public_files(uids: Collection[int]) -> None:
 
     owned = " -o ".join(f"-uid {uid}" for uid in uids).split()
     for directory in PUBLIC_DIRS:
-        if os.path.isdir(directory):
-            with contextlib.suppress(Error):  # a directory that has files of others
-                run_deletion("find", directory, "-xdev", "(", *owned, ")", "-delete")
+        with contextlib.suppress(Error):  # a directory that has files of others
+            delete_tree(Path(directory), "(", *owned, ")")
 
     for kind, option in IPC_KINDS.items():
         lines = Path("/proc/sysvipc", kind).read_text().splitlines()
