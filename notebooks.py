@@ -2482,6 +2482,8 @@ class CopyReport(Message, frozen=False):
 Stamp = tuple[int, int, int]
 # Of files by device, inode and stamp.
 Digests = dict[tuple[int, int, Stamp], str]
+# Sizes and digests of the teacher's files, which cost nothing, by their paths.
+Originals = dict[Path, tuple[int, str]]
 
 
 def stamp_of(info: os.stat_result) -> Stamp:
@@ -2633,25 +2635,18 @@ def open_directory(
 
 
 def copy_data(source_fd: int, destination_fd: int, size: int) -> int:
-    """Copy up to `size` bytes in the kernel and return how many there were.
-
-    copy_file_range(2) shares extents where it can; sendfile(2) works between any files.
-    """
-    copied, count, sharing = 0, 1, True
-
+    """Copy up to `size` bytes in the kernel and return how many there were."""
+    copied, count = 0, 1
     while count and copied < size:
         wanted = min(size - copied, COPY_CHUNK_BYTES)
-        try:
-            if sharing:
-                count = os.copy_file_range(source_fd, destination_fd, wanted)
-            else:
-                count = os.sendfile(destination_fd, source_fd, None, wanted)
+
+        try:  # it shares extents where it can
+            count = os.copy_file_range(source_fd, destination_fd, wanted)
         except OSError as error:
-            if not sharing or copied or error.errno not in NOT_SHARED:
+            if error.errno not in NOT_SHARED:
                 raise
-            sharing = False
-        else:
-            copied += count
+            count = os.sendfile(destination_fd, source_fd, None, wanted)  # any file
+        copied += count
     return copied
 
 
@@ -2743,8 +2738,7 @@ class TreeCopy:
     reader: Identity
     writer: Identity
     keep_as: str = ""  # what changed copies are kept as: see `free_name`; empty: they go
-    keep_all: bool = False  # also copies that nobody has changed
-    any_storage: bool = False  # the destination may not hold each name: see `stored_name`
+    keep_all: bool = False  # a storage: keeps what nobody has changed, too, under any name
     limit: int = sys.maxsize  # in bytes; each file counts ENTRY_BYTES at least
     wanted: Callable[[Path], bool] = lambda path: True  # of relative paths
     recorded: bool = True  # with a record of what was copied
@@ -2752,7 +2746,7 @@ class TreeCopy:
     mode: int = 0  # what group and others may do besides what the source lets them
     dry_run: bool = False  # only count
     digests: Digests = dataclasses.field(default_factory=dict)  # those that are known
-    material: tuple[Path, Identity] | None = None  # what costs nothing, and whose it is
+    originals: Originals = dataclasses.field(default_factory=dict)
     report: CopyReport = dataclasses.field(default_factory=CopyReport)
     patience: float = PATIENCE_SECONDS
     needed_bytes: int = 0
@@ -2829,7 +2823,7 @@ class TreeCopy:
 
     def tidy_up(self, directory_fd: int) -> set[str]:
         """Remove what a copy that was killed has left, and return what else is there."""
-        names, count = set(), None if self.any_storage else MAX_ENTRIES
+        names, count = set(), None if self.keep_all else MAX_ENTRIES
         with acting_as(self.writer), os.scandir(directory_fd) as entries:
             for entry in itertools.islice(entries, count):
                 names.add(entry.name)
@@ -2843,7 +2837,7 @@ class TreeCopy:
 
         Where A is a, the one that came first keeps its name: the storage tells that.
         """
-        if not self.any_storage or path.name in names:
+        if not self.keep_all or path.name in names:
             return path.name
 
         other = portable_name(path.name)
@@ -3025,19 +3019,13 @@ class TreeCopy:
 
     def is_original(self, item: Item) -> bool:
         """Say whether a file is as the teacher has it: that costs nothing of the limit."""
-        if not self.material:
+        size, digest = self.originals.get(item.path, (-1, ""))
+        if size != item.info.st_size:
             return False
-        directory, teacher = self.material
-        digest = None
-        with contextlib.suppress(OSError, ValueError), acting_as(teacher):
-            info = os.stat(directory / item.path.relative_to(directory.name))
-            if info.st_size == item.info.st_size:
-                digest = self.digests.get((info.st_dev, info.st_ino, stamp_of(info)))
-
-        copied = self.record.get(item.path) if digest else None  # ours, not the student's
+        copied = self.record.get(item.path)  # ours, not the student's
         if copied and copied.source == stamp_of(item.info):
             return copied.digest == digest
-        return digest is not None and self.digest_of(item.info, item.fd) == digest
+        return self.digest_of(item.info, item.fd) == digest
 
     def wait_settled(self, item: Item) -> os.stat_result:
         """Wait until nobody writes to a file, but not for ever; return what it is then.
@@ -5852,7 +5840,8 @@ class MaterialLook(TreeCopy):
         if has_holes(item.info) and item.info.st_uid not in (0, self.reader.uid):
             self.leave_out(item.path, OSError(0, "is somebody else's, and has holes"))
             return
-        self.digest_of(item.info, item.fd)  # kept, for the copies
+        digest = self.digest_of(item.info, item.fd)  # kept, for the copies
+        self.originals[self.directory.name / item.path] = item.info.st_size, digest
         if item.path.suffix == ".ipynb":
             with contextlib.suppress(ValueError, AttributeError, RecursionError):
                 notebook = json.loads(os.pread(item.fd, MAX_NOTEBOOK_BYTES, 0))
@@ -6102,11 +6091,9 @@ def retrieve_from(
     copy = TreeCopy(
         member.identity,
         identity_of(config.storage_owner),
-        material=(own, identity_of(invoking_account())),
-        digests=looks[own].digests if own in looks else {},
+        originals=looks[own].originals if own in looks else {},
         keep_as=KEPT_COPY,
         keep_all=True,
-        any_storage=True,
         limit=config.retrieve_limit,
         wanted=config.is_wanted,
         mode=mode,
