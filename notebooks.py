@@ -1890,8 +1890,9 @@ class Claims:
         self.is_member = account.pw_name in group_members(config.group)
         has_moved = self.is_member and mark_of(config) not in self.marks
         self.places = {mark: find_course(mark, config, has_moved) for mark in self.marks}
-        self.mine = [x for x in self.marks if is_same_course(self.places[x], config)]
         self.gone = [x for x in self.marks if not self.places[x]]
+        found = [(mark, place) for mark, place in self.places.items() if place]
+        self.mine = [mark for mark, place in found if is_same_course(place, config)]
         self.groups = ordinary_groups(account.pw_name) - {config.group}
 
     @property
@@ -1932,15 +1933,13 @@ def find_course(mark: CourseMark, config: Config, has_moved: bool) -> Path | Non
     return None
 
 
-def is_same_course(path: Path | None, config: Config) -> bool:
+def is_same_course(path: Path, config: Config) -> bool:
     """Say whether a configuration file is of this course: it names the same list."""
-    if path is None or path == config.path:
-        return path is not None
-    try:
-        other, _ = read_config(path)
-        return os.path.samefile(other.user_list, config.user_list)
-    except (OSError, UsageError):
-        return False
+    with contextlib.suppress(OSError, UsageError):
+        return path == config.path or os.path.samefile(
+            read_config(path)[0].user_list, config.user_list
+        )
+    return False
 
 
 def is_owned(account: pwd.struct_passwd | None, config: Config) -> bool:
