@@ -5536,7 +5536,6 @@ class Launcher:
 # A command returns its exit status.
 
 MAX_NOTEBOOK_BYTES = 1 << 24  # of longer ones the kernel is not looked for
-LOOK_SECONDS = 5.0  # in which remove looks at the size of a home
 
 
 def is_closed(path: Path, need: int = os.R_OK) -> bool:
@@ -6194,47 +6193,37 @@ def delete_accounts(members: Sequence[Member], course: Course, outcome: Outcome)
     return deleted
 
 
+@dataclasses.dataclass
+class HomeLook(TreeCopy):
+    """A dry run that leads nowhere, for what is in a home."""
+
+    tutorial_dir: PurePath = PurePath()
+    size: int = 0
+    outside: int = 0  # files that no retrieve copies
+
+    def copy_file(self, item: Item) -> None:
+        self.size += item.info.st_blocks * 512
+        # What is hidden belongs to programs.
+        is_work = not item.path.parts[0].startswith(".")
+        self.outside += is_work and not item.path.is_relative_to(self.tutorial_dir)
+
+
 def look_at_home(config: Config, member: Member) -> tuple[int, int, bool, str]:
     """Look at a home as its owner can see it.
 
     Returns: its bytes, the number of files that no retrieve copies, whether it has work
     that was not retrieved, and why some of it could not be looked at.
     """
-    home_fd = open_directory(member.home, (), member.identity)
-    size = outside = 0
-    skeleton = Path(useradd_defaults()["SKEL"])
-    with acting_as(member.identity):
-        for path, info in walk_files(home_fd, Path(), time.monotonic() + LOOK_SECONDS):
-            size += info.st_blocks * 512
-            # What is hidden belongs to programs.
-            is_work = not path.parts[0].startswith(".")
-            if is_work and not path.is_relative_to(config.tutorial_dir):
-                known = skeleton / path
-                is_known = os.path.lexists(known) and known.lstat().st_size == info.st_size
-                outside += not is_known
+    look = HomeLook(member.identity, member.identity, dry_run=True, recorded=False)
+    look.tutorial_dir, look.limit = config.tutorial_dir, MAX_ENTRIES * ENTRY_BYTES
+    look.run(member.home, (), Path(NOWHERE), ())
 
     try:
         work = retrieve_from(config, {}, member, dry_run=True)
     except Error as error:
-        return size, outside, False, str(error)
+        return look.size, look.outside, False, str(error)
     has_work = bool(work.new or work.updated or work.over_limit)
-    return size, outside, has_work, work.first_failure
-
-
-def walk_files(
-    fd: int, path: Path, deadline: float
-) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield what is in a directory but for directories, as far as that is seen in time."""
-    with closing(fd), os.scandir(fd) as entries:
-        for entry in entries:
-            if time.monotonic() > deadline:
-                break
-            with contextlib.suppress(OSError):
-                if not entry.is_dir(follow_symlinks=False):
-                    yield path / entry.name, entry.stat(follow_symlinks=False)
-                elif len(path.parts) < MAX_DEPTH:
-                    inner = os.open(entry.name, DIRECTORY_FLAGS, dir_fd=fd)
-                    yield from walk_files(inner, path / entry.name, deadline)
+    return look.size, look.outside, has_work, work.first_failure
 
 
 def describe_homes(config: Config, members: Sequence[Member]) -> None:
