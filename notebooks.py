@@ -353,33 +353,25 @@ def closing(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def close_all_but(fds: Collection[int]) -> None:
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in fds:
-            with contextlib.suppress(OSError):  # the one with which we list them
-                os.close(int(name))
-
-
 def lock_file(path: Path) -> int:
-    """Return a descriptor that holds the lock of a file that may be replaced meanwhile.
+    """Return a descriptor that holds the lock of a file, or raise BusyError.
 
-    The lock is on the file (which students cannot open), not on its directory. Raises:
-    BusyError if another process has it.
+    The lock is on the file (which students cannot open), not on its directory.
     """
-    while True:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise BusyError(
-                f"{path}: another notebooks.py works with it; wait until that is done"
-            ) from None
-
-        # Who held it before may have put another file in its place.
-        if os.path.samestat(os.fstat(fd), os.stat(path)):
-            return fd
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.close(fd)
+        raise BusyError(
+            f"{path}: another notebooks.py works with it; wait until that is done"
+        ) from None
+
+    # Who held it before may have put another file in its place.
+    if os.path.samestat(os.fstat(fd), os.stat(path)):
+        return fd
+    os.close(fd)
+    return lock_file(path)
 
 
 @contextlib.contextmanager
@@ -581,7 +573,9 @@ def fork_process(function: Callable[[], object], keep: Collection[int] = ()) -> 
 
     status = 1
     try:
-        close_all_but({0, 1, 2, *keep})
+        kept = [2, *sorted(keep), os.sysconf("SC_OPEN_MAX")]
+        for fd, next_fd in itertools.pairwise(kept):
+            os.closerange(fd + 1, next_fd)
         function()
         status = 0
     except SystemExit as error:
