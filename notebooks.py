@@ -1737,11 +1737,6 @@ class Roster:
                     *(self.path, who, path),
                 )
 
-    def forget(self, username: str) -> None:
-        """Clear what only counts as long as there is an account, and save that."""
-        self.update(username, sys_pass="", nb_pass="", port="")
-        self.save()
-
     def check_writable(self) -> None:
         """Raises: UsageError if the list could not be written when it has to be."""
         self.warn_of_editors()
@@ -6177,7 +6172,8 @@ def delete_accounts(members: Sequence[Member], course: Course, outcome: Outcome)
     deleted = 0
     for member in progress(ended, len(ended), "remove"):
         # First, so that no row has the password of an account that is gone.
-        course.roster.forget(member.username)
+        course.roster.update(member.username, sys_pass="", nb_pass="", port="")
+        course.roster.save()
         with outcome.step(member.username):
             if not packed[member] and is_home_of(member.account):
                 raise Error("not deleted: their home is there again; run remove again")
