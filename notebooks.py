@@ -594,12 +594,11 @@ def fork_process(function: Callable[[], object], keep: Collection[int] = ()) -> 
 class Child(Process):
     """A process that we have started, and our end of a channel to it."""
 
-    def __init__(
-        self, pid: int, channel: Channel, popen: "subprocess.Popen[bytes] | None" = None
-    ) -> None:
+    popen: "subprocess.Popen[bytes] | None" = None  # of one that was executed
+
+    def __init__(self, pid: int, channel: Channel) -> None:
         super().__init__(pid)
         self.channel = channel
-        self.popen = popen  # of a child that was executed
 
     @classmethod
     def fork(cls, function: Callable[[Channel], object]) -> "Child":
@@ -624,7 +623,9 @@ class Child(Process):
                 env={"PATH": PROGRAM_PATH, "HOME": str(home), "LANG": language},
                 start_new_session=True,  # Ctrl-C is for the launcher alone
             )
-        return cls(popen.pid, ours, popen)
+        child = cls(popen.pid, ours)
+        child.popen = popen
+        return child
 
     def reap(self) -> int:
         """Wait for the end; return the exit status, or the negative of a signal."""
@@ -2954,11 +2955,12 @@ class TreeCopy:
             old = os.fstat(old_fd)
             if not stat.S_ISREG(old.st_mode):
                 return Change.BLOCKED if stat.S_ISDIR(old.st_mode) else Change.CONFLICT
-            return self.compare_content(item, old_fd, old)
+            change = self.compare_content(item, old_fd, old)
+            return Change.CONFLICT if self.keep_all and change is Change.UPDATED else change
 
     def compare_content(self, item: Item, old_fd: int, old: os.stat_result) -> Change:
         """Compare with a regular file, by stamps where the record has both."""
-        copied = self.record.get(item.path) if self.recorded else None
+        copied = self.record.get(item.path)
         if copied and (stamp_of(item.info), stamp_of(old)) == copied[1:]:
             return Change.UNCHANGED
         if old.st_size == item.info.st_size:
@@ -2966,16 +2968,12 @@ class TreeCopy:
             if digest == digest_file(old_fd, old.st_size):
                 self.remember(item, digest, stamp_of(old))
                 return Change.UNCHANGED
-        return self.compare_changed(item, old_fd, old, copied)
 
-    def compare_changed(
-        self, item: Item, old_fd: int, old: os.stat_result, copied: Copied | None
-    ) -> Change:
-        """Say which of two files that differ has changed since the one was copied."""
+        # They differ: which has changed since the one was copied?
         if copied is None:
             return Change.CONFLICT
         if copied.is_in(old_fd, old, copied.destination):
-            return Change.CONFLICT if self.keep_all else Change.UPDATED
+            return Change.UPDATED
         if self.reset or not copied.is_in(item.fd, item.info, copied.source):
             return Change.CONFLICT
         return Change.KEPT
