@@ -1505,10 +1505,7 @@ def split_records(text: str, delimiter: str, line: int) -> Iterator[Record]:
     while position < len(text) or record.cells:
         match = pattern.match(text, position)
         if not match:
-            raise ValueError(
-                f"line {line}: a quotation mark is not closed, or stands in the middle"
-                " of a cell"
-            )
+            raise ValueError(f"line {line}: a quotation mark is not closed, or in a cell")
         position = match.end()
         line += len(re.findall(r"\r\n|\n|\r", match[0]))
         record.cells.append(match[1])
@@ -1720,10 +1717,7 @@ class Roster:
 
         for title, column in zip(self.titles, document.header, strict=False):
             if column == "(password)" and not all(x.nb_pass for x in students):
-                yield (
-                    f"the column `{printable(title)}` is not used; if these are to be the"
-                    " passwords of the notebooks, call it `nb-pass`, and no other column"
-                )
+                yield f"the column `{printable(title)}` is not used; is it for `nb-pass`?"
 
     def warn_of_editors(self) -> None:
         """Tell who has the list open: what a spreadsheet saves lacks what we wrote."""
@@ -5775,8 +5769,8 @@ def check_shared(directory: Path, course: Course) -> None:
     """Refuse a directory that students cannot read, or can write to: raises UsageError."""
     for member in find_members(course.students):
         with acting_as(member.identity):
-            closed = first_closed_step([directory, Path(os.path.realpath(directory))])
             real = Path(os.path.realpath(directory))
+            closed = first_closed_step([directory, real])
             writable = any(
                 os.access(x, os.W_OK, effective_ids=True)
                 and (x == real or not x.stat().st_mode & stat.S_ISVTX)
