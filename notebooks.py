@@ -2370,9 +2370,6 @@ DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK a FIFO, or a file with a lease on it (fcntl(2)), would hold us up.
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 TEMPORARY_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# Stands in for a destination that does not exist (dry run): every open below it fails with
-# ENOTDIR.
-NOWHERE = os.devnull
 # What copy_file_range(2) says where it does not work, and a full disk (write(2)).
 NOT_SHARED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -2460,6 +2457,10 @@ class CopyReport(Message, frozen=False):
         return text
 
 
+# A trusted directory, and the parts of a path below it, which are no links.
+Place = tuple[Path, Iterable[str]]
+# Of a dry run: every open below it fails with ENOTDIR.
+NOWHERE: Place = Path(os.devnull), ()
 # Size, modification and change time: a file that keeps all three has kept its content. No
 # user can set the last one. Source: inode(7).
 Stamp = tuple[int, int, int]
@@ -2588,18 +2589,16 @@ def resolve(name: str, directory_fd: int, makers: set[int]) -> int:
     return fd
 
 
-def open_directory(
-    start: Path, parts: Iterable[str], identity: Identity, create: bool = False
-) -> int:
-    """Return a descriptor of a directory below `start`, through no symbolic link.
+def open_directory(place: Place, identity: Identity, create: bool = False) -> int:
+    """Return a descriptor of a directory.
 
     Runs as: `identity`, with which missing directories are made too. Raises: Error that
     names the directory which is missing, a link or not accessible.
     """
-    path = start
+    path, parts = place
     with acting_as(identity):
         try:
-            fd = os.open(start, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             for part in parts:
                 path = path / part
                 with closing(fd) as parent_fd:
@@ -2738,21 +2737,11 @@ class TreeCopy:
     forbidden: Sequence[Path] = ()
     followed: dict[Path, Path] = dataclasses.field(default_factory=dict)  # links, and where
 
-    def run(
-        self,
-        source: Path,
-        source_parts: Iterable[str],
-        destination: Path,
-        parts: Iterable[str],
-    ) -> CopyReport:
-        """Copy what is in one directory into another, which is made if it is missing.
-
-        `*_parts` lie below a trusted directory and are opened with O_NOFOLLOW. Raises:
-        Error if one cannot be opened, or the destination can take no more.
-        """
+    def run(self, source: Place, destination: Place) -> CopyReport:
+        """Copy one directory into another, made if it is missing; raises Error."""
         with (
-            closing(open_directory(source, source_parts, self.reader)) as source_fd,
-            closing(self.open_destination(destination, parts)) as destination_fd,
+            closing(open_directory(source, self.reader)) as source_fd,
+            closing(self.open_destination(destination)) as destination_fd,
         ):
             self.followed[Path()] = real_path(source_fd)
             with acting_as(self.writer), contextlib.suppress(PermissionError):
@@ -2769,13 +2758,13 @@ class TreeCopy:
                         self.record.save(destination_fd, self.writer, mode)
         return self.report
 
-    def open_destination(self, destination: Path, parts: Iterable[str]) -> int:
+    def open_destination(self, destination: Place) -> int:
         try:
-            return open_directory(destination, parts, self.writer, not self.dry_run)
+            return open_directory(destination, self.writer, not self.dry_run)
         except Error:
             if not self.dry_run:
                 raise
-            return os.open(NOWHERE, os.O_PATH | os.O_CLOEXEC)
+            return os.open(NOWHERE[0], os.O_PATH | os.O_CLOEXEC)
 
     def charge(self, size: int, path: Path) -> bool:
         """Take from the limit, or remember the first path for which it does not do."""
@@ -2923,7 +2912,7 @@ class TreeCopy:
             return os.open(name, DIRECTORY_FLAGS, dir_fd=directory_fd)
         except (FileNotFoundError, NotADirectoryError) as error:
             if self.dry_run:
-                return os.open(NOWHERE, os.O_PATH | os.O_CLOEXEC)
+                return os.open(NOWHERE[0], os.O_PATH | os.O_CLOEXEC)
             if isinstance(error, NotADirectoryError):  # links too
                 self.move_aside(item)
         os.mkdir(name, 0o700, dir_fd=directory_fd)
@@ -5732,14 +5721,14 @@ def ensure_accounts(course: Course, outcome: Outcome) -> dict[Student, str]:
 def furnish_home(config: Config, member: Member) -> None:
     """Make the home and the tutorial directory in it, and copy the IPython profile."""
     ensure_home(member.account, config)
-    parts = config.tutorial_dir.parts
-    os.close(open_directory(member.home, parts, member.identity, create=True))
+    tutorial = member.home, config.tutorial_dir.parts
+    os.close(open_directory(tutorial, member.identity, create=True))
 
     source = config.profile_dir
     if config.profile and source.is_dir():
         reader = identity_of(invoking_account())
         copy = TreeCopy(reader, member.identity, wanted=is_profile_file, recorded=False)
-        problem = copy.run(source, (), member.home, source.parts[-2:]).problem
+        problem = copy.run((source, ()), (member.home, source.parts[-2:])).problem
         if problem:
             raise Error(f"the IPython profile: {problem}")
 
@@ -5788,9 +5777,9 @@ def check_shared(directory: Path, course: Course) -> None:
 def link_shared(shared_dir: Path, config: Config, member: Member) -> int:
     """Make the link to the shared directory; return how many things it moved aside."""
     name, kept = shared_dir.name, 0
-    parts = config.tutorial_dir.parts
+    tutorial = member.home, config.tutorial_dir.parts
     with (
-        closing(open_directory(member.home, parts, member.identity, create=True)) as fd,
+        closing(open_directory(tutorial, member.identity, create=True)) as fd,
         acting_as(member.identity),
     ):
         with contextlib.suppress(OSError):
@@ -5868,7 +5857,7 @@ def look_at_material(course: Course) -> tuple[Looks, dict[str, list[str]]]:
         look.wanted, look.forbidden = config.is_wanted, private
         look.directory, look.told = own, told
         try:
-            look.run(base, own.relative_to(base).parts, Path(NOWHERE), ())
+            look.run((base, own.relative_to(base).parts), NOWHERE)
             looks[own] = look
         except Error as error:
             if own == base or not base.is_dir():
@@ -5897,8 +5886,8 @@ def send_to(
     if look:
         copy.wanted = lambda path: look.wanted(path) and path not in look.left_out
         copy.digests, copy.forbidden = look.digests, look.forbidden
-        parts = config.material_dir.relative_to(base).parts
-        copy.run(base, parts, member.home, config.material_name.parts)
+        material = base, config.material_dir.relative_to(base).parts
+        copy.run(material, (member.home, config.material_name.parts))
     return copy
 
 
@@ -5927,7 +5916,7 @@ def plan_send(course: Course, looks: Looks) -> None:
     def plan(member: Member) -> tuple[int, int, int, CopyReport]:
         copy = send_to(course, looks, member, dry_run=True)
         # Of one descriptor: a student may mount something on their home at any moment.
-        with closing(open_directory(member.home, (), member.identity)) as fd:
+        with closing(open_directory((member.home, ()), member.identity)) as fd:
             space, device = os.fstatvfs(fd), os.fstat(fd).st_dev
         return device, space.f_bavail * space.f_frsize, copy.needed_bytes, copy.report
 
@@ -6079,8 +6068,8 @@ def retrieve_from(
         dry_run=dry_run,
         uncounted=Path(config.shared_dir.name) if config.shared_dir else None,
     )
-    parts = config.tutorial_dir.parts
-    return copy.run(member.home, parts, config.storage_dir, (member.username,))
+    tutorial = member.home, config.tutorial_dir.parts
+    return copy.run(tutorial, (config.storage_dir, (member.username,)))
 
 
 def command_remove(course: Course) -> int:
@@ -6198,7 +6187,7 @@ def look_at_home(config: Config, member: Member) -> tuple[int, int, bool, str]:
     """
     look = HomeLook(member.identity, member.identity, dry_run=True, recorded=False)
     look.tutorial_dir, look.limit = config.tutorial_dir, MAX_ENTRIES * ENTRY_BYTES
-    look.run(member.home, (), Path(NOWHERE), ())
+    look.run((member.home, ()), NOWHERE)
 
     try:
         work = retrieve_from(config, {}, member, dry_run=True)

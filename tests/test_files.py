@@ -29,7 +29,7 @@ def copy(source: Path, destination: Path, **options: Any) -> CopyReport:
     """Copy as the user who runs the tests."""
     me = identity_of(pwd.getpwuid(os.geteuid()))
     destination.mkdir(exist_ok=True)
-    return TreeCopy(me, me, **options).run(source, (), destination, ())
+    return TreeCopy(me, me, **options).run((source, ()), (destination, ()))
 
 
 def files_in(directory: Path) -> Iterator[Path]:
