@@ -108,6 +108,7 @@ import select
 import shlex
 import shutil
 import signal
+import site
 import socket
 import ssl
 import stat
@@ -1078,6 +1079,7 @@ class Config:
     idle_kernel_minutes: int = setting("Launch", whole_number(0, 100000), "0")
     debugger: bool = setting("Launch", parse_bool, "no")
     tcp_kernels: bool = setting("Launch", parse_bool, "yes")
+    own_packages: bool = setting("Launch", parse_bool, "yes")
     storage_dir: Path = setting("Shutdown", parse_path, "storage")
     owner: str = setting("Shutdown", parse_owner)
     retrieve_limit: int = setting("Shutdown", parse_size, "1G")
@@ -3844,6 +3846,10 @@ KEYCTL_JOIN_SESSION_KEYRING = 1
 SYS_KEYCTL = {"x86_64": 250, "i386": 288, "arm": 311, "powerpc64le": 271, "s390x": 280}
 SYS_KEYCTL |= {"mips64el": 5241, "aarch64": 219, "riscv64": 219, "loongarch64": 219}
 
+# Programs of the course, and those that look for their files beside the course's Python.
+COURSE_BIN = Path(sys.executable).parent
+COURSE_ALONE = ("jupyter-lab", "jupyter-notebook", "jupyter-server", "notebooks.py")
+
 # What the menu *Save and export as* offers.
 EXPORTS = (
     *("asciidoc", "html", "latex", "markdown", "notebook", "pdf", "python", "rst"),
@@ -3913,6 +3919,7 @@ class ServerOrder(Message):
     idle_kernel_seconds: int = 0
     debugger: bool = False
     tcp_kernels: bool = False
+    own_packages: bool = False
     cert_file: str = ""
     key_file: str = ""
     # It may hold secrets.
@@ -3936,9 +3943,13 @@ def make_cookie_secret(username: str, password: str) -> str:
     return hmac.digest(password.encode(), f"cookies of {username}".encode(), "sha256").hex()
 
 
-def server_environment(account: pwd.struct_passwd, given: Mapping[str, str]) -> Any:
+def server_environment(
+    account: pwd.struct_passwd, given: Mapping[str, str], own_packages: bool = True
+) -> dict[str, str]:
     """Return the whole environment of a student's server, kernels and terminals."""
-    path = str(Path(sys.executable).parent)
+    own = own_environment(Path(account.pw_dir))
+    path = f"{own}/bin:{COURSE_BIN}" if own_packages else str(COURSE_BIN)
+    data = f"{account.pw_dir}/.local", own, sys.prefix
 
     return {
         "LANG": "C.UTF-8",
@@ -3949,6 +3960,7 @@ def server_environment(account: pwd.struct_passwd, given: Mapping[str, str]) -> 
         "SHELL": account.pw_shell,
         "PATH": f"{path}:{given.get('PATH', '/usr/local/bin:/usr/bin:/bin')}",
         "JUPYTER_RUNTIME_DIR": str(runtime_dir_of(account)),
+        "JUPYTER_PATH": ":".join(f"{each}/share/jupyter" for each in data),
         # With these shells heed PATH_SCRIPT, also those that a student starts: bash at a
         # prompt and before a script, sh when it is interactive.
         "NOTEBOOKS_PATH": path,
@@ -3965,6 +3977,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
 
     home = Path(account.pw_dir)
     start_dir, config_dir = home / order.start_dir, home / ".jupyter"
+    kernel_manager, spec_manager, terminal_manager = student_managers(order)
     # What these took from the template's environment when they were imported.
     lab = {
         "user_settings_dir": str(config_dir / "lab/user-settings"),
@@ -3989,7 +4002,8 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "cookie_secret": bytes.fromhex(order.cookie_secret),
             "terminado_settings": {"shell_command": [account.pw_shell, "-l"]},
             "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
-            **kernel_classes(order),
+            "kernel_manager_class": kernel_manager,
+            "kernel_spec_manager_class": spec_manager,
             "shutdown_no_activity_timeout": order.idle_seconds,
         },
         IdentityProvider={"token": ""},
@@ -4005,6 +4019,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "cull_interval": CULL_SECONDS,
             "cull_connected": True,
         },
+        TerminalsExtensionApp={"terminal_manager_class": terminal_manager},
         TerminalManager={
             "cull_inactive_timeout": order.idle_seconds,
             "cull_interval": CULL_SECONDS,
@@ -4086,16 +4101,63 @@ async def hear_kernel(kernel: Any, is_last: bool, seconds: float = KERNEL_SECOND
         kernel.start_restarter()
 
 
-def kernel_classes(order: ServerOrder) -> dict[str, type]:
-    """Return the managers of a student's kernels, as settings of ServerApp.
+def own_environment(home: Path) -> Path:
+    """Return where a student's own packages are; another Python has another place."""
+    return home / ".local/share/notebooks" / f"python{sysconfig.get_python_version()}"
+
+
+def ensure_own_environment(place: Path) -> Path:
+    """Make or mend an environment on top of the course's, and return its Python.
+
+    pip puts packages there, which go before the course's. It is what `python -m venv`
+    makes, in a hundredth of the time. Runs as: the student.
+    """
+    programs, python = place / "bin", os.path.realpath(sys.executable)
+    library = Path(sysconfig.get_path("purelib", "venv", {"base": str(place)}))
+    for directory in (programs, library):
+        directory.mkdir(parents=True, exist_ok=True)
+
+    for link in (programs / "python", programs / "python3"):
+        if os.path.realpath(link) != python:
+            link.unlink(missing_ok=True)
+            link.symlink_to(python)
+
+    # A directory that is only named there would have its own .pth files left out.
+    course = filter(os.path.isdir, site.getsitepackages())
+    lines = "".join(f"import site; site.addsitedir({x!r})\n" for x in course)
+    home = f"home = {os.path.dirname(python)}\ninclude-system-site-packages = false\n"
+    for path, text in ((place / "pyvenv.cfg", home), (library / "course.pth", lines)):
+        if not path.exists() or path.read_text(errors="replace") != text:
+            path.write_text(text)
+
+    ensure_own_programs(programs)
+    return programs / "python"
+
+
+def ensure_own_programs(programs: Path) -> None:
+    """Have the course's programs, such as pip, run in a student's own environment."""
+    for program in COURSE_BIN.iterdir():
+        own = programs / program.name
+        # One that pip has put there stays.
+        if os.access(own, os.X_OK) or program.name in COURSE_ALONE or program.is_dir():
+            continue
+        with program.open("rb") as file:
+            if file.readline(512).startswith(b"#!%b/python" % bytes(COURSE_BIN)):
+                own.write_bytes(b"#!%b/python\n%b" % (bytes(programs), file.read()))
+                own.chmod(0o755)
+
+
+def student_managers(order: ServerOrder) -> tuple[type, type, type]:
+    """Return the managers of a student's kernels, kernel specifications and terminals.
 
     Kernels start in the start directory if nobody names another, as in plain Jupyter. The
     first of each name is heard out, and with the transport that it took all others start.
-    Front ends show why a start failed.
+    Front ends show why a start failed. Python kernels have the student's own packages.
     """
     import zmq
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+    from jupyter_server_terminals.terminalmanager import TerminalManager
     from tornado import web
 
     transports: dict[str, str] = {}  # by the names of kernels
@@ -4103,6 +4165,14 @@ def kernel_classes(order: ServerOrder) -> dict[str, type]:
     class KernelError(web.HTTPError):
         def __str__(self) -> str:
             return self.log_message or ""
+
+    def own_python() -> str:
+        if order.own_packages:
+            try:
+                return str(ensure_own_environment(own_environment(Path.home())))
+            except OSError as error:  # as on a full disk
+                log.warning("there are no packages of your own: %s", explain(error))
+        return sys.executable
 
     class StudentKernelManager(AsyncMappingKernelManager):
         async def start_kernel(self, **options: Any) -> str:  # type: ignore[override]
@@ -4137,20 +4207,29 @@ def kernel_classes(order: ServerOrder) -> dict[str, type]:
             kernel.transport_encryption = "auto" if encrypted else "disabled"
             return kernel, *others
 
+        async def restart_kernel(self, *ids: Any, **options: Any) -> Any:  # type: ignore[override]
+            own_python()  # the student may have deleted it
+            return await super().restart_kernel(*ids, **options)  # type: ignore[no-untyped-call]
+
     class StudentKernelSpecManager(KernelSpecManager):
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
             spec = super().get_kernel_spec(kernel_name)
             exists = Path.home().joinpath(".ipython", f"profile_{order.profile}").is_dir()
             profile = order.profile if exists else ""
             spec.argv = student_argv(spec.argv, profile, order.debugger)
+            program = COURSE_BIN / spec.argv[0]  # or the latter, if that is a path
+            if program.parent == COURSE_BIN and program.name.startswith("python"):
+                spec.argv[0] = own_python()
             if not order.debugger:  # the front end shows no button for it
                 spec.metadata = {**spec.metadata, "debugger": False}
             return spec
 
-    return {
-        "kernel_manager_class": StudentKernelManager,
-        "kernel_spec_manager_class": StudentKernelSpecManager,
-    }
+    class StudentTerminalManager(TerminalManager):
+        def create(self, **options: Any) -> dict[str, Any]:
+            own_python()
+            return super().create(**options)
+
+    return StudentKernelManager, StudentKernelSpecManager, StudentTerminalManager
 
 
 def export_handlers(base_url: str) -> list[tuple[str, type]]:
@@ -4274,7 +4353,8 @@ def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
     leave_session_keyring()
 
     os.environ.clear()
-    os.environ.update(server_environment(account, order.environment))
+    given = order.environment, order.own_packages
+    os.environ.update(server_environment(account, *given))
     time.tzset()
     os.umask(0o077)
     os.chdir("/")
@@ -5270,6 +5350,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         tcp_kernels=config.tcp_kernels,
         cert_file=str(certificate.cert_file),
         key_file=str(certificate.key_file),
+        own_packages=config.own_packages,
         environment={**kept, **config.environment},
     )
 

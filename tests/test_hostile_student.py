@@ -36,6 +36,9 @@ from support import (
 pytestmark = pytest.mark.root
 
 SITE = ".local/lib/python{}.{}/site-packages".format(*sys.version_info)
+OWN = ".local/share/notebooks/python{0}.{1}/lib/python{0}.{1}/site-packages/hostile".format(
+    *sys.version_info
+)
 START = "course/material"
 KERNEL = {
     "display_name": "Mine",
@@ -81,6 +84,7 @@ def plant(username: str) -> None:
         said = f"'{name} ' + f'{{os.getpid()}} {{os.getuid()}}\\n'"
         files[name] = f"import os; open('{home}/ran', 'a').write({said})\n"
     files[f"{SITE}/hostile.pth"] = files[f"{SITE}/hostile.py"]
+    files[f"{OWN}.pth"] = files[f"{SITE}/hostile.py"].replace(f"{SITE}/hostile.py", OWN)
     for root in TEMPLATE_ROOTS:
         command = f"echo {root}/lab $PPID $(id -u) >>{home}/ran"
         files[f"{root}/lab/conf.json"] = '{"mimetypes": {"text/html": true}}'
@@ -138,7 +142,7 @@ def use(course: Course, username: str) -> None:
         notebook.api("GET", path)
     notebook.start_kernel(path="welcome.ipynb")
     assert notebook.execute("6 * 7") == "42"
-    assert notebook.execute_in_terminal("echo $((6*7))") == "42"
+    assert notebook.execute_in_terminal("python -c 'print(6 * 7)'") == "42"
     assert export(notebook, "html").status == 200
     assert export(notebook, "slides").status in (200, 500)
     notebook.api("DELETE", f"kernels/{notebook.kernel_id}")
@@ -164,6 +168,7 @@ def test_nothing_of_a_students_runs_in_their_server(running: Running) -> None:
         ".ipython/profile_default/startup/00-x.py",
         ".jupyter/jupyter_nbconvert_config.py",
         f"{TEMPLATE_ROOTS[0]}/lab",
+        OWN,
     }
 
 
