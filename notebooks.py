@@ -3977,7 +3977,6 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
 
     home = Path(account.pw_dir)
     start_dir, config_dir = home / order.start_dir, home / ".jupyter"
-    kernel_manager, spec_manager, terminal_manager = student_managers(order)
     # What these took from the template's environment when they were imported.
     lab = {
         "user_settings_dir": str(config_dir / "lab/user-settings"),
@@ -4002,8 +4001,8 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "cookie_secret": bytes.fromhex(order.cookie_secret),
             "terminado_settings": {"shell_command": [account.pw_shell, "-l"]},
             "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
-            "kernel_manager_class": kernel_manager,
-            "kernel_spec_manager_class": spec_manager,
+            "kernel_manager_class": kernel_manager(order),
+            "kernel_spec_manager_class": spec_manager(order),
             "shutdown_no_activity_timeout": order.idle_seconds,
         },
         IdentityProvider={"token": ""},
@@ -4019,7 +4018,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "cull_interval": CULL_SECONDS,
             "cull_connected": True,
         },
-        TerminalsExtensionApp={"terminal_manager_class": terminal_manager},
+        TerminalsExtensionApp={"terminal_manager_class": terminal_manager(order)},
         TerminalManager={
             "cull_inactive_timeout": order.idle_seconds,
             "cull_interval": CULL_SECONDS,
@@ -4147,17 +4146,25 @@ def ensure_own_programs(programs: Path) -> None:
                 own.chmod(0o755)
 
 
-def student_managers(order: ServerOrder) -> tuple[type, type, type]:
-    """Return the managers of a student's kernels, kernel specifications and terminals.
+def student_python(order: ServerOrder) -> str:
+    """Return the Python of a student's kernels and terminals."""
+    if order.own_packages:
+        try:
+            return str(ensure_own_environment(own_environment(Path.home())))
+        except OSError as error:  # as on a full disk
+            log.warning("there are no packages of your own: %s", explain(error))
+    return sys.executable
 
-    Kernels start in the start directory if nobody names another, as in plain Jupyter. The
+
+def kernel_manager(order: ServerOrder) -> type:
+    """Return the class that manages a student's kernels.
+
+    They start in the start directory if nobody names another, as in plain Jupyter. The
     first of each name is heard out, and with the transport that it took all others start.
-    Front ends show why a start failed. Python kernels have the student's own packages.
+    Front ends show why a start failed.
     """
     import zmq
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-    from jupyter_server_terminals.terminalmanager import TerminalManager
     from tornado import web
 
     transports: dict[str, str] = {}  # by the names of kernels
@@ -4165,14 +4172,6 @@ def student_managers(order: ServerOrder) -> tuple[type, type, type]:
     class KernelError(web.HTTPError):
         def __str__(self) -> str:
             return self.log_message or ""
-
-    def own_python() -> str:
-        if order.own_packages:
-            try:
-                return str(ensure_own_environment(own_environment(Path.home())))
-            except OSError as error:  # as on a full disk
-                log.warning("there are no packages of your own: %s", explain(error))
-        return sys.executable
 
     class StudentKernelManager(AsyncMappingKernelManager):
         async def start_kernel(self, **options: Any) -> str:  # type: ignore[override]
@@ -4208,8 +4207,15 @@ def student_managers(order: ServerOrder) -> tuple[type, type, type]:
             return kernel, *others
 
         async def restart_kernel(self, *ids: Any, **options: Any) -> Any:  # type: ignore[override]
-            own_python()  # the student may have deleted it
+            student_python(order)  # they may have deleted it
             return await super().restart_kernel(*ids, **options)  # type: ignore[no-untyped-call]
+
+    return StudentKernelManager
+
+
+def spec_manager(order: ServerOrder) -> type:
+    """Return the class that finds kernels: Python's have the student's own packages."""
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 
     class StudentKernelSpecManager(KernelSpecManager):
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
@@ -4219,17 +4225,24 @@ def student_managers(order: ServerOrder) -> tuple[type, type, type]:
             spec.argv = student_argv(spec.argv, profile, order.debugger)
             program = COURSE_BIN / spec.argv[0]  # or the latter, if that is a path
             if program.parent == COURSE_BIN and program.name.startswith("python"):
-                spec.argv[0] = own_python()
+                spec.argv[0] = student_python(order)
             if not order.debugger:  # the front end shows no button for it
                 spec.metadata = {**spec.metadata, "debugger": False}
             return spec
 
+    return StudentKernelSpecManager
+
+
+def terminal_manager(order: ServerOrder) -> type:
+    """Return the class that starts terminals, with the student's own packages."""
+    from jupyter_server_terminals.terminalmanager import TerminalManager
+
     class StudentTerminalManager(TerminalManager):
         def create(self, **options: Any) -> dict[str, Any]:
-            own_python()
+            student_python(order)
             return super().create(**options)
 
-    return StudentKernelManager, StudentKernelSpecManager, StudentTerminalManager
+    return StudentTerminalManager
 
 
 def export_handlers(base_url: str) -> list[tuple[str, type]]:
