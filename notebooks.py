@@ -701,12 +701,12 @@ MARK = "notebooks.py"
 USERNAME = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # 32: LOGIN_NAME_MAX of utmp(5)
 
 
-def read_login_defs(key: str, default: int) -> int:
+def read_login_defs(key: str, default: int, base: int = 0) -> int:
     """Return a number from login.defs(5)."""
     with contextlib.suppress(OSError, ValueError):
         text = Path("/etc/login.defs").read_text(errors="replace")
         for number in re.findall(rf"^\s*{key}\s+(\w+)", text, re.MULTILINE):
-            return int(number, 0)
+            return int(number, base)
     return default
 
 
@@ -791,6 +791,20 @@ def is_ours(account: pwd.struct_passwd | None) -> bool:
         and is_ordinary(account.pw_name)
         and account.pw_uid != invoking_account().pw_uid
     )
+
+
+def login_umask(account: pwd.struct_passwd) -> int:
+    """Return the umask that a log-in gives, or a stricter one: pam_umask(8), usergroups.
+
+    What an open home lets others look into stays closed to them.
+    """
+    umask, others = read_login_defs("UMASK", 0o022, base=8), 0o077
+    with contextlib.suppress(KeyError):
+        if grp.getgrgid(account.pw_gid).gr_name == account.pw_name:
+            umask, others = umask & 0o707 | umask >> 3 & 0o070, 0o007
+
+    is_open = os.stat(account.pw_dir).st_mode & others
+    return umask | others if is_open else umask
 
 
 def is_home_of(account: pwd.struct_passwd) -> bool:
@@ -4369,7 +4383,7 @@ def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
     given = order.environment, order.own_packages
     os.environ.update(server_environment(account, *given))
     time.tzset()
-    os.umask(0o077)
+    os.umask(login_umask(account))
     os.chdir("/")
     app = make_app(order, account)
     os.chdir(account.pw_dir)  # not the start directory, which the student may replace

@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import pytest
 
 import notebooks
 from conftest import CourseMaker
-from support import Course, ExecutionError, Notebook, run_as, wait_until
+from support import Course, ExecutionError, Notebook, made_account, run_as, wait_until
 
 pytestmark = pytest.mark.root
 
 BIN = os.path.dirname(sys.executable)
 GIVEN = {"http_proxy": "http://u:p%40x@proxy:1", "HTTP_PROXY": "", "PYTHONPATH": "/srv/x"}
+TEAM = Path("/var/lib/nbtteam")
 TEACHERS = {"LANG": "C.utf8", "TZ": "Asia/Kolkata", "SECRET": "not for students"}
 SHOW = "import json, os; print(json.dumps(dict(os.environ)))"
 # Runs with each export: nbconvert reads it in the student's home.
@@ -31,6 +33,17 @@ with open(os.environ["HOME"] + "/env", "w") as file:
 """
 
 
+def make_team(course: Course) -> None:
+    """Make a directory of both students, and a link to it where their notebooks are."""
+    subprocess.run(["groupadd", "nbtteam"], check=True)
+    TEAM.mkdir()
+    shutil.chown(TEAM, group="nbtteam")
+    TEAM.chmod(0o2770)
+    for student in course.students:
+        subprocess.run(["usermod", "-aG", "nbtteam", student], check=True)
+        run_as(student, "ln", "-s", TEAM, "course/material/team", check=True)
+
+
 @pytest.fixture(scope="module")
 def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
     with Course(tmp_path_factory.mktemp("course"), 2) as course:
@@ -39,8 +52,11 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
         course.config.write_text("".join([text, "[Environment]\n", *lines]))
         course.check("setup")
         course.check("send")
+        make_team(course)
         course.launch(env=TEACHERS).wait_ready()
         yield course
+    shutil.rmtree(TEAM)
+    subprocess.run(["groupdel", "nbtteam"], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +335,69 @@ def test_packages_of_their_own_can_be_forbidden(
     command = f"pip install --no-index --find-links {wheels} nbtpackage"
     assert "ERROR" in notebook.execute_in_terminal(command)
     assert not own_environment(student).exists()
+
+
+# ---------------------------------------------------------------------------------------
+# A folder of a team
+# ---------------------------------------------------------------------------------------
+
+
+def test_two_students_save_the_same_notebook_in_turn(course: Course) -> None:
+    notebooks_of_both = [course.notebook(student) for student in course.students] * 2
+    for i, notebook in enumerate(notebooks_of_both):
+        if i:
+            model = notebook.api("GET", "contents/team/both.ipynb")
+            assert model["content"]["metadata"]["turn"] == i - 1
+        content = {"cells": [], "metadata": {"turn": i}, "nbformat": 4, "nbformat_minor": 5}
+        model = {"type": "notebook", "format": "json", "content": content}
+        notebook.api("PUT", "contents/team/both.ipynb", model)
+        assert notebook.api("POST", "contents/team/both.ipynb/checkpoints", {})["id"]
+    checkpoint = "contents/team/both.ipynb/checkpoints/checkpoint"
+    for notebook in notebooks_of_both[:2]:
+        notebook.api("POST", checkpoint)
+    notebooks_of_both[1].api("DELETE", checkpoint)
+    notebooks_of_both[0].api("PATCH", "contents/team/both.ipynb", {"path": "team/a.ipynb"})
+
+
+def test_files_of_kernels_and_terminals_can_be_written_by_the_team(
+    course: Course,
+) -> None:
+    first, second = (course.notebook(student) for student in course.students)
+    first.execute(f"!mkdir {TEAM}/of-kernel; echo 1 >{TEAM}/of-kernel/file")
+    first.execute_in_terminal(f"mkdir {TEAM}/of-terminal; echo 1 >{TEAM}/of-terminal/file")
+    model = {"type": "file", "format": "text", "content": "1"}
+    first.api("PUT", "contents/team/file", model)
+    for path in ("of-kernel/file", "of-terminal/file", "file"):
+        info = (TEAM / path).stat()
+        assert (info.st_mode & 0o777, (TEAM / path).group()) == (0o664, "nbtteam")
+    said = second.execute(f"!cd {TEAM}; for i in */file; do echo 2 >>$i; rm $i; done")
+    assert said == ""
+
+
+def test_what_is_private_stays_private(course: Course, student: str) -> None:
+    notebook = course.notebook(student)
+    notebook.start_kernel()
+    home, uid = course.home(student), pwd.getpwnam(student).pw_uid
+    runtime = notebooks.RUNTIME_DIR / str(uid)
+    for path in (home, runtime):
+        assert path.stat().st_mode & 0o777 == 0o700
+    for path in (home / notebooks.SERVER_LOG, *runtime.glob("kernel-*.json")):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "umask"),
+    [
+        (["--user-group"], 0o700, 0o002),
+        (["--user-group"], 0o750, 0o002),
+        (["--user-group"], 0o755, 0o007),
+        (["--gid", "users"], 0o700, 0o022),
+        (["--gid", "users"], 0o750, 0o077),
+    ],
+)
+def test_the_umask_is_that_of_a_log_in_unless_the_home_is_open(
+    options: list[str], mode: int, umask: int
+) -> None:
+    with made_account(*options) as account:
+        os.chmod(account.pw_dir, mode)
+        assert notebooks.login_umask(account) == umask

@@ -342,7 +342,7 @@ def test_a_terminal_is_a_login_shell_of_the_student(
 ) -> None:
     command = "shopt -q login_shell && echo login; id -un; umask; echo $HOME"
     lines = notebook.execute_in_terminal(command).split()
-    assert lines == ["login", student, "0077", str(course.home(student))]
+    assert lines == ["login", student, "0002", str(course.home(student))]
 
 
 def test_contents_can_be_made_read_renamed_and_changed(notebook: Notebook) -> None:
@@ -359,8 +359,10 @@ def test_new_files_are_the_students_alone(
     course: Course, student: str, notebook: Notebook
 ) -> None:
     make_notebook(notebook, "mine.ipynb")
-    info = (course.home(student) / "course/material/mine.ipynb").stat()
-    assert (info.st_uid, info.st_mode & 0o077) == (pwd.getpwnam(student).pw_uid, 0)
+    path = course.home(student) / "course/material/mine.ipynb"
+    assert path.stat().st_uid == pwd.getpwnam(student).pw_uid
+    assert course.home(student).stat().st_mode & 0o077 == 0
+    assert run_as(course.students[1], "cat", path).returncode != 0
 
 
 def test_what_is_deleted_goes_to_the_students_trash(
