@@ -803,8 +803,7 @@ def login_umask(account: pwd.struct_passwd) -> int:
         if grp.getgrgid(account.pw_gid).gr_name == account.pw_name:
             umask, others = umask & 0o707 | umask >> 3 & 0o070, 0o007
 
-    is_open = os.stat(account.pw_dir).st_mode & others
-    return umask | others if is_open else umask
+    return umask | others if os.stat(account.pw_dir).st_mode & others else umask
 
 
 def is_home_of(account: pwd.struct_passwd) -> bool:
@@ -4380,8 +4379,7 @@ def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
     leave_session_keyring()
 
     os.environ.clear()
-    given = order.environment, order.own_packages
-    os.environ.update(server_environment(account, *given))
+    os.environ.update(server_environment(account, order.environment, order.own_packages))
     time.tzset()
     os.umask(login_umask(account))
     os.chdir("/")
