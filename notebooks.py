@@ -1084,7 +1084,9 @@ class Config:
     key_file: Path | None = setting("Launch", optional(parse_path))
     server_address: str = setting("Launch", parse_address)
     web_title: str = setting("Launch", str, "Notebooks")
+    root_dir: PurePath | None = setting("Launch", optional(parse_home_path))
     launch_dir: PurePath | None = setting("Launch", optional(parse_home_path))
+    start_page: str = setting("Launch", matching("tree|lab", "tree or lab"), "tree")
     port: int = setting("Launch", whole_number(1, 65535), "8888")
     list_students: bool = setting("Launch", parse_bool, "yes")
     on_demand: bool = setting("Launch", parse_bool, "no")
@@ -1279,6 +1281,11 @@ def contradictions(config: Config) -> Iterator[str]:
     """Yield what is wrong with several keys together, or with what they name."""
     if config.key_file and not config.cert_file:
         yield "[Launch] key_file: is of no use without cert_file"
+    if config.root_dir and not config.start_dir.is_relative_to(config.root_dir):
+        yield (
+            f"[Launch] root_dir = {config.root_dir}: notebooks start in"
+            f" {config.start_dir}, which must lie in it; set `launch_dir`, too"
+        )
 
     for word in {*re.findall(r"\{[^{}]*\}", str(config.material_dir))} - {"{username}"}:
         yield f"[Setup] material_dir: has {word} in it; only {{username}} has a meaning"
@@ -3909,6 +3916,9 @@ of this notebook. Is the Caps Lock key on? Is the name below yours?</p>{% endif 
 """,
 )
 
+# A terminal that nobody gave a directory is in the home, where the server is.
+TERMINAL_SCRIPT = '[ . -ef "$HOME" ] && cd "$0" 2>/dev/null; exec "$@"'
+
 
 class ServerOrder(Message):
     """All that a student's server is told; the password is a hash in Jupyter's format.
@@ -3926,7 +3936,9 @@ class ServerOrder(Message):
     url: str = ""
     password: str = "-"
     cookie_secret: str = "00"  # in hex
+    root_dir: str = "."
     start_dir: str = "."
+    start_page: str = "tree"
     profile: str = ""
     idle_seconds: int = 0
     idle_kernel_seconds: int = 0
@@ -3989,7 +4001,19 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     from traitlets.config import Config as Settings
 
     home = Path(account.pw_dir)
-    start_dir, config_dir = home / order.start_dir, home / ".jupyter"
+    config_dir = home / ".jupyter"
+    # A student may have removed either, and before `send` one may not be there.
+    root_dir = home / order.root_dir
+    root_dir = root_dir if os.path.isdir(root_dir) else home
+    start_dir = home / order.start_dir
+    start_path = os.path.relpath(start_dir, root_dir)
+    start_url = f"/{order.start_page}"
+    exists = os.path.isdir(start_dir) and start_path != "."
+    if exists:
+        start_url = (
+            f"{start_url.removesuffix('/tree')}/tree/{urllib.parse.quote(start_path)}"
+        )
+
     # What these took from the template's environment when they were imported.
     lab = {
         "user_settings_dir": str(config_dir / "lab/user-settings"),
@@ -4007,14 +4031,21 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "port": order.port,
             "custom_display_url": order.url,
             "certfile": order.cert_file,  # for its name; the key was read before
-            "default_url": "/tree",
-            "root_dir": str(start_dir if os.path.isdir(start_dir) else home),
+            "default_url": start_url,
+            "root_dir": str(root_dir),
+            # Not that of ContentsManager, which would run another event loop to check it.
+            "preferred_dir": str(start_dir if exists else root_dir),
             "open_browser": False,
             "allow_remote_access": True,
             "cookie_secret": bytes.fromhex(order.cookie_secret),
-            "terminado_settings": {"shell_command": [account.pw_shell, "-l"]},
+            "terminado_settings": {
+                "shell_command": [
+                    *("/bin/sh", "-c", TERMINAL_SCRIPT, str(start_dir)),
+                    *(account.pw_shell, "-l"),
+                ]
+            },
             "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
-            "kernel_manager_class": kernel_manager(order),
+            "kernel_manager_class": kernel_manager(order, start_path),
             "kernel_spec_manager_class": spec_manager(order),
             "shutdown_no_activity_timeout": order.idle_seconds,
         },
@@ -4169,7 +4200,7 @@ def student_python(order: ServerOrder) -> str:
     return sys.executable
 
 
-def kernel_manager(order: ServerOrder) -> type:
+def kernel_manager(order: ServerOrder, start_path: str) -> type:
     """Return the class that manages a student's kernels.
 
     They start in the start directory if nobody names another, as in plain Jupyter. The
@@ -4188,7 +4219,7 @@ def kernel_manager(order: ServerOrder) -> type:
 
     class StudentKernelManager(AsyncMappingKernelManager):
         async def start_kernel(self, **options: Any) -> str:  # type: ignore[override]
-            options["path"] = options.get("path") or ""
+            options["path"] = options.get("path") or start_path
             name = options.get("kernel_name") or self.default_kernel_name
             manager: Any = self.kernel_spec_manager
             spec, known = manager.get_kernel_spec(name), name in transports
@@ -4786,14 +4817,19 @@ WEBSERVER_TITLE = "notebooks.py: webserver"
 PAGE_SECONDS = 10.0  # in which a visitor must have made a request
 VISIT_SECONDS = 2.0  # for which the page waits for a notebook server
 TLS_HANDSHAKE = b"\x16"  # the first byte of a connection that opens one: RFC 8446
+COMMON = "user-redirect"  # begins addresses for everybody, as JupyterHub's do
+WHO = "notebooks-student"  # a cookie: whose notebook was opened last in this browser
+WHO_DAYS = 180
+QUERY_CHARACTERS = "/?:@!$&'()*+,;=%-._~[]"  # which stay as they are
 
-FORM = """<form action="/" method="get">
-<input name="username" aria-label="User name" placeholder="User name" required
+FORM = """<form action="{action}" method="get">
+{hidden}<input name="username" aria-label="User name" placeholder="User name" required
  autocapitalize="none" autocomplete="username" spellcheck="false">
 <button>Open my notebook</button>
 </form>
 """
 
+WHO_ARE_YOU = "Who are you? The address leads to your own notebook."
 STARTING = (
     "Your notebook is being started. This page goes on to it by itself; if it has not"
     " within a minute, tell your teacher."
@@ -4836,15 +4872,31 @@ def content_security_policy() -> str:
 
 
 def landing_page(
-    title: str, students: Iterable[tuple[str, str, int]], message: str = ""
+    title: str,
+    students: Iterable[tuple[str, str, int]],
+    message: str = "",
+    common: tuple[str, str] | None = None,
 ) -> str:
-    """Return the page that lists students: user name, name, port."""
+    """Return the page that lists students: user name, name, port.
+
+    common: path and query of an address for everybody, to which the answer is added.
+    """
+    action, hidden, link = "/", "", "/{}"
+    if common:
+        action = urllib.parse.quote(f"/{common[0]}")
+        query = urllib.parse.urlencode({"query": common[1]})
+        link = f"{action}?{query}&username={{}}"  # quoted: no other braces
+        value = html.escape(common[1])
+        hidden = f'<input type="hidden" name="query" value="{value}">\n'
+
     rows = "".join(
-        f'<li><a href="/{username}"><span>{html.escape(name or username)}</span>'
+        f'<li><a href="{html.escape(link.format(username))}">'
+        f"<span>{html.escape(name or username)}</span>"
         f"{f'<code>{username}</code>' if name else ''}</a></li>\n"
         for username, name, _ in students
     )
-    return make_page(title, FORM + (f"<ul>\n{rows}</ul>" if rows else ""), message)
+    form = FORM.format(action=action, hidden=hidden)
+    return make_page(title, form + (f"<ul>\n{rows}</ul>" if rows else ""), message)
 
 
 async def is_answered(port: int) -> bool:
@@ -4860,14 +4912,19 @@ async def is_answered(port: int) -> bool:
     return True
 
 
-def find_target(path: str, asked: str | None, query: str) -> tuple[str, str]:
+def find_target(
+    path: str, asked: str | None, query: str, remembered: str = ""
+) -> tuple[str, str]:
     """Return the user name that a request means, and what is wanted of their server.
 
-    The form asks for a name in the query; all else names it in the path.
+    The form asks for a name in the query; all else names it in the path, but for an
+    address for everybody, which leads on who has answered it before.
     """
     if not path and asked is not None:
         return asked.strip().lower(), ""
     username, _, rest = path.partition("/")
+    if username == COMMON:
+        username = remembered if asked is None else asked.strip()
     return username.lower(), urllib.parse.quote(rest) + (f"?{query}" if query else "")
 
 
@@ -4892,14 +4949,23 @@ def page_handler() -> type:
             """Show the page, or lead /USERNAME/anything to the student's server."""
             site: Site = self.settings["site"]
             asked = self.get_query_argument("username", None)
-            username, target = find_target(path, asked, self.request.query)
+            query, common = self.request.query, None
+            if path.partition("/")[0] == COMMON:
+                if asked is not None:  # the query is the form's, which has kept the other
+                    query = self.get_query_argument("query", "")
+                    query = urllib.parse.quote(query, QUERY_CHARACTERS)
+                common = path, query
+            remembered = self.get_cookie(WHO) or ""
+            username, target = find_target(path, asked, query, remembered)
 
-            if not path and asked is None:
-                await self.finish(landing_page(site.title, site.shown))
-            elif username not in site.ports:
-                self.set_status(404)
+            if username not in site.ports:
                 message = f"Nobody here has the user name “{username}”."
-                await self.finish(landing_page(site.title, site.shown, message))
+                if asked is None and (common or not path):
+                    message = WHO_ARE_YOU if common else ""
+                else:
+                    self.set_status(404)
+                page = landing_page(site.title, site.shown, message, common)
+                await self.finish(page)
             elif not await is_answered(site.ports[username]):
                 self.set_status(503)
                 self.set_header("Refresh", "1")  # the same address again
@@ -4907,6 +4973,10 @@ def page_handler() -> type:
             else:
                 host = site.address.replace("{username}", username)
                 host = f"{host or visited_host(self.request)}:{site.ports[username]}"
+                options: Any = {"httponly": True, "secure": True, "samesite": "Lax"}
+                self.set_cookie(
+                    WHO, username, path=f"/{COMMON}", max_age=WHO_DAYS * 86400, **options
+                )
                 self.redirect(f"https://{host}/{username}/{target}")
 
     return PageHandler
@@ -5367,7 +5437,9 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         url=f"https://{host}:{server.port}/{server.username}/",
         password=hash_password(password),
         cookie_secret=make_cookie_secret(server.username, password),
+        root_dir=str(config.root_dir or "."),
         start_dir=str(config.of(server.username).start_dir),
+        start_page=config.start_page or "tree",
         profile=config.profile,
         idle_seconds=config.idle_minutes * 60,
         idle_kernel_seconds=(config.idle_kernel_minutes or config.idle_minutes) * 60,

@@ -68,7 +68,9 @@ def test_an_empty_file_gives_the_defaults_beside_it(tmp_path: Path) -> None:
         key_file=None,
         server_address="",
         web_title="Notebooks",
+        root_dir=None,
         launch_dir=None,
+        start_page="tree",
         port=8888,
         list_students=True,
         on_demand=False,
@@ -326,3 +328,16 @@ def test_a_bad_variable_is_refused_and_its_value_not_shown(
     _, (said,) = read(tmp_path, f"[Environment]\n{line}\n")
     assert said.startswith(f"{tmp_path}/notebooks.cfg: [Environment] {problem}")
     assert "secret" not in said
+
+
+def test_a_root_without_the_directory_in_which_notebooks_start_is_refused(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "notebooks.cfg"
+    path.write_text("[Launch]\nroot_dir = work\nstart_page = tree\n")
+    (problem,) = notebooks.read_config(path)[1]
+    assert "root_dir = work" in problem and "course/material" in problem
+    path.write_text("[Launch]\nroot_dir = work\nlaunch_dir = work/week1\n")
+    assert notebooks.read_config(path)[1] == []
+    path.write_text("[Launch]\nstart_page = desktop\n")
+    assert "must be tree or lab" in notebooks.read_config(path)[1][0]

@@ -152,7 +152,7 @@ def test_a_start_directory_that_is_made_again_does_not_end_kernels(
         directory = str(course.home(student) / material)
         assert notebook.execute("import os; print(os.getcwd())") == directory
         notebook.api("DELETE", f"kernels/{notebook.kernel_id}")
-    assert notebook.execute_in_terminal("pwd") == str(course.home(student))
+    assert notebook.execute_in_terminal("pwd") == str(course.home(student) / material)
 
 
 @pytest.mark.parametrize("closed", ["course", "course/material"])
@@ -166,6 +166,60 @@ def test_a_start_directory_that_its_student_has_closed_ends_no_server(
     launch = course.launch().wait_ready()
     assert "1 of 1 notebook servers run." in launch.output
     course.notebook(course.students[0]).api("GET", "kernelspecs")
+
+
+def test_next_weeks_material_is_there_at_once_and_last_weeks_stays(
+    make_course: CourseMaker,
+) -> None:
+    """The root is the home; the page, kernels and terminals begin in the material."""
+    course = make_course(1, root_dir="", start_page="lab", on_demand="yes")
+    course.check("setup")
+    course.check("send")
+    course.launch().wait_ready()
+    (username,) = course.students
+    home, notebook = course.home(username), course.notebook(username)
+    assert (
+        notebook.fetch("")
+        .headers["Location"]
+        .startswith(f"/{username}/lab/tree/course/material")
+    )
+    assert '"preferredPath": "course/material"' in notebook.fetch("lab").text
+    where = "import os; print(os.getcwd())"
+    assert notebook.execute(where) == str(home / "course/material")
+    assert notebook.execute_in_terminal("pwd") == str(home / "course/material")
+    notebook.start_kernel(path="course/x.ipynb")
+    assert notebook.execute(where) == str(home / "course")
+
+    course.material.rename(course.directory / "week2")
+    course.configure(material_dir="week2")
+    course.check("send")
+    for week in ("material", "week2"):
+        assert notebook.api("GET", f"contents/course/{week}/welcome.ipynb")
+        assert notebook.fetch(f"tree/course/{week}").status == 200
+
+
+@pytest.mark.parametrize("state", ["missing", "a link to /etc", "a file"])
+def test_a_root_that_its_student_has_replaced_is_theirs_to_read(
+    make_course: CourseMaker, state: str
+) -> None:
+    """Root never looks at it: what the student may not read stays out of reach."""
+    course = make_course(1, tutorial_dir="course", root_dir="course", on_demand="yes")
+    course.check("setup")
+    (username,) = course.students
+    script = {
+        "missing": "",
+        "a link to /etc": "ln -s /etc course",
+        "a file": "echo >course",
+    }
+    run_as(username, "sh", "-ec", f"mv course away; {script[state]}", check=True)
+    launch = course.launch().wait_ready()
+    notebook = course.notebook(username)
+    names = {entry["name"] for entry in notebook.api("GET", "contents")["content"]}
+    assert ("passwd" if "/etc" in state else "away") in names
+    assert notebook.fetch("api/contents/shadow").status >= 400
+    assert notebook.fetch("").headers["Location"].startswith(f"/{username}/tree")
+    assert notebook.execute("1 + 1") == "2"
+    assert "Traceback" not in launch.output
 
 
 # Searches its session keyring for a key: keyctl(2), KEYCTL_SEARCH.

@@ -22,6 +22,7 @@ from support import Course, Response, fetch, tls_context
 HOSTILE = '<script>alert("1")</script> & Zoë'
 TITLE = "<i>R&D</i> {style} 100%"
 TAGS = "html head meta title style body h1 p form input button ul li a span code"
+WHO = "notebooks-student"  # the page's cookie
 # The students' names. In paths {bo} and {zoe} stand for their user names.
 NAMES = {"bo": "", "zoe": HOSTILE}
 
@@ -184,6 +185,71 @@ def test_the_page_leads_to_the_notebook(
         names(visited)
     )
     assert response.headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.root
+def test_an_address_for_everybody_leads_each_to_their_own(visited: Course) -> None:
+    """It asks who they are, and asks no more in that browser."""
+    target, query = "/notebooks/course/w%201.ipynb", "?x=%26&y"
+    bo, zoe = visited.students
+    response = visit(visited, f"/user-redirect{target}{query}")
+    assert (response.status, "Set-Cookie" in response.headers) == (200, False)
+    page = Page(response.text)
+    (form,), (hidden, field) = page.attributes("form"), page.attributes("input")
+    fields = {
+        str(hidden["name"]): str(hidden["value"]),
+        str(field["name"]): f" {zoe.upper()}",
+    }
+    assert f"/user-redirect{target}" == form["action"]
+
+    own = {
+        username: f"{visited.notebook_url(username).removesuffix('/')}{target}{query}"
+        for username in visited.students
+    }
+    answer = visit(visited, f"{form['action']}?{urllib.parse.urlencode(fields)}")
+    assert answer.headers["Location"] == own[zoe]
+    cookie = answer.headers["Set-Cookie"]
+    for part in ("HttpOnly", "Secure", "SameSite=Lax", "Path=/user-redirect;"):
+        assert part in f"{cookie};"
+    links = [str(each["href"]) for each in page.attributes("a")]
+    assert [visit(visited, x).headers["Location"] for x in links] == [own[zoe], own[bo]]
+
+    headers = {"Cookie": cookie.partition(";")[0]}
+    again = visit(visited, f"/user-redirect{target}{query}", headers=headers)
+    assert again.headers["Location"] == own[zoe]
+    # Who picks somebody else on the page is that from then on.
+    assert f"={bo};" in visit(visited, "/{bo}", headers=headers).headers["Set-Cookie"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", ["nobody", "{zoe}/../{bo}", "//evil.example", "", "<b>"])
+def test_an_address_for_everybody_leads_nowhere_else(visited: Course, name: str) -> None:
+    name = name.format_map(names(visited))
+    response = visit(visited, "/user-redirect/tree", headers={"Cookie": f"{WHO}={name}"})
+    assert response.status == 200 and "Location" not in response.headers
+    query = urllib.parse.urlencode({"username": name, "query": "a=\r\nX: y"})
+    response = visit(visited, f"/user-redirect/tree?{query}")
+    assert response.status == 404 and "Location" not in response.headers
+    page = Page(response.text)
+    assert page.texts("p") == [f"Nobody here has the user name “{name}”."]
+    assert "Set-Cookie" not in response.headers
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "path", ["//evil.example/", "/\\evil.example", "/@evil.example", ""]
+)
+def test_the_rest_of_an_address_for_everybody_stays_a_path(
+    visited: Course, path: str
+) -> None:
+    username = visited.students[0]
+    headers = {"Cookie": f"{WHO}={username}"}
+    location = visit(visited, f"/user-redirect{path}", headers=headers).headers["Location"]
+    assert location.startswith(visited.notebook_url(username))
+    query = urllib.parse.urlencode({"username": username, "query": "a=\r\nX: y#z"})
+    response = visit(visited, f"/user-redirect/tree?{query}")
+    url = f"{visited.notebook_url(username)}tree?a=%0D%0AX:%20y%23z"
+    assert response.headers["Location"] == url and "X" not in response.headers
 
 
 @pytest.mark.root
