@@ -55,6 +55,7 @@ def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
         make_team(course)
         course.launch(env=TEACHERS).wait_ready()
         yield course
+        course.check("shutdown")  # whoever has these uids next finds no sockets
     shutil.rmtree(TEAM)
     subprocess.run(["groupdel", "nbtteam"], check=True)
 
@@ -335,6 +336,7 @@ def test_packages_of_their_own_can_be_forbidden(
     command = f"pip install --no-index --find-links {wheels} nbtpackage"
     assert "ERROR" in notebook.execute_in_terminal(command)
     assert not own_environment(student).exists()
+    course.check("shutdown")
 
 
 # ---------------------------------------------------------------------------------------
