@@ -97,6 +97,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import mimetypes
 import os
@@ -122,7 +123,6 @@ import time
 import traceback
 import unicodedata
 import urllib.parse
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn, TypeVar, dataclass_transform
@@ -3917,7 +3917,7 @@ of this notebook. Is the Caps Lock key on? Is the name below yours?</p>{% endif 
 )
 
 # A terminal that nobody gave a directory is in the home, where the server is.
-TERMINAL_SCRIPT = '[ . -ef "$HOME" ] && cd "$0" 2>/dev/null; exec "$@"'
+TERMINAL_SHELL = "/bin/sh", "-c", '[ . -ef "$HOME" ] && cd "$0" 2>/dev/null; exec "$@"'
 
 
 class ServerOrder(Message):
@@ -4003,10 +4003,10 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     home = Path(account.pw_dir)
     config_dir = home / ".jupyter"
     # A student may have removed either, and before `send` one may not be there.
-    root_dir = home / order.root_dir
-    root_dir = root_dir if os.path.isdir(root_dir) else home
+    root_dir = home / order.root_dir if os.path.isdir(home / order.root_dir) else home
     start_dir = home / order.start_dir
     start_path = os.path.relpath(start_dir, root_dir)
+
     start_url = f"/{order.start_page}"
     exists = os.path.isdir(start_dir) and start_path != "."
     if exists:
@@ -4039,10 +4039,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "allow_remote_access": True,
             "cookie_secret": bytes.fromhex(order.cookie_secret),
             "terminado_settings": {
-                "shell_command": [
-                    *("/bin/sh", "-c", TERMINAL_SCRIPT, str(start_dir)),
-                    *(account.pw_shell, "-l"),
-                ]
+                "shell_command": [*TERMINAL_SHELL, str(start_dir), account.pw_shell, "-l"]
             },
             "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
             "kernel_manager_class": kernel_manager(order, start_path),
@@ -4493,6 +4490,12 @@ def move_output_to_log() -> None:
     for fd, target in ((null_fd, 0), (log_fd, 1), (log_fd, 2)):
         os.dup2(fd, target)
 
+    logging.captureWarnings(False)
+    for handler in logging.getLogger("py.warnings").handlers:
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            handler.setTarget(logging.StreamHandler())
+            handler.flush()
+
 
 # == Launch 2: templates ===================================================================
 #
@@ -4748,7 +4751,11 @@ def take_order(channel: Channel, become: Callable[..., None]) -> None:
 
 def preload_server() -> None:
     """Import what servers need, so that forks share it."""
-    warnings.simplefilter("ignore")
+    # What packages warn of is kept for the students' logs: it is not the teacher's.
+    logger = logging.getLogger("py.warnings")
+    logger.addHandler(logging.handlers.MemoryHandler(sys.maxsize, logging.CRITICAL))
+    logger.propagate = False
+    logging.captureWarnings(True)
     for module in SERVER_MODULES:
         importlib.import_module(module)
     # The first context makes OpenSSL load its tables: 2 MB that are then shared.
@@ -4819,7 +4826,7 @@ VISIT_SECONDS = 2.0  # for which the page waits for a notebook server
 TLS_HANDSHAKE = b"\x16"  # the first byte of a connection that opens one: RFC 8446
 COMMON = "user-redirect"  # begins addresses for everybody, as JupyterHub's do
 WHO = "notebooks-student"  # a cookie: whose notebook was opened last in this browser
-WHO_DAYS = 180
+WHO_SECONDS = 180 * 24 * 3600
 QUERY_CHARACTERS = "/?:@!$&'()*+,;=%-._~[]"  # which stay as they are
 
 FORM = """<form action="{action}" method="get">
@@ -4886,8 +4893,7 @@ def landing_page(
         action = urllib.parse.quote(f"/{common[0]}")
         query = urllib.parse.urlencode({"query": common[1]})
         link = f"{action}?{query}&username={{}}"  # quoted: no other braces
-        value = html.escape(common[1])
-        hidden = f'<input type="hidden" name="query" value="{value}">\n'
+        hidden = f'<input type="hidden" name="query" value="{html.escape(common[1])}">\n'
 
     rows = "".join(
         f'<li><a href="{html.escape(link.format(username))}">'
@@ -4953,10 +4959,9 @@ def page_handler() -> type:
             if path.partition("/")[0] == COMMON:
                 if asked is not None:  # the query is the form's, which has kept the other
                     query = self.get_query_argument("query", "")
-                    query = urllib.parse.quote(query, QUERY_CHARACTERS)
                 common = path, query
-            remembered = self.get_cookie(WHO) or ""
-            username, target = find_target(path, asked, query, remembered)
+            query = urllib.parse.quote(query, QUERY_CHARACTERS)
+            username, target = find_target(path, asked, query, self.get_cookie(WHO) or "")
 
             if username not in site.ports:
                 message = f"Nobody here has the user name “{username}”."
@@ -4964,8 +4969,7 @@ def page_handler() -> type:
                     message = WHO_ARE_YOU if common else ""
                 else:
                     self.set_status(404)
-                page = landing_page(site.title, site.shown, message, common)
-                await self.finish(page)
+                await self.finish(landing_page(site.title, site.shown, message, common))
             elif not await is_answered(site.ports[username]):
                 self.set_status(503)
                 self.set_header("Refresh", "1")  # the same address again
@@ -4974,9 +4978,8 @@ def page_handler() -> type:
                 host = site.address.replace("{username}", username)
                 host = f"{host or visited_host(self.request)}:{site.ports[username]}"
                 options: Any = {"httponly": True, "secure": True, "samesite": "Lax"}
-                self.set_cookie(
-                    WHO, username, path=f"/{COMMON}", max_age=WHO_DAYS * 86400, **options
-                )
+                options |= {"path": f"/{COMMON}", "max_age": WHO_SECONDS}
+                self.set_cookie(WHO, username, **options)
                 self.redirect(f"https://{host}/{username}/{target}")
 
     return PageHandler

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import notebooks
 from support import Course, Notebook, run_as
 
 pytestmark = pytest.mark.root
@@ -20,7 +21,12 @@ FILES = {
         "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"}
     },
 }
-PYTHON = "c.ContentsManager.untitled_directory = 'Box'\n"
+PYTHON = """
+c.ContentsManager.untitled_directory = 'Box'
+import warnings
+warnings.simplefilter("default")
+warnings.warn("old and rusty", DeprecationWarning)
+"""
 # What protects students and the host's key is ours to say.
 REFUSED = """
 c.KernelManager.transport = "tcp"
@@ -70,6 +76,15 @@ def test_files_of_all_documented_names_count(notebook: Notebook) -> None:
     settings = "lab/api/settings/@jupyterlab/notebook-extension:tracker"
     properties = notebook.fetch(settings).json["schema"]["properties"]
     assert properties["windowingMode"]["default"] == "none"
+
+
+def test_what_packages_warn_of_is_in_the_students_log(
+    course: Course, notebook: Notebook
+) -> None:
+    notebook.api("GET", "contents")
+    assert "rusty" not in course.launches[0].output
+    log = course.home(course.students[0]) / notebooks.SERVER_LOG
+    assert "rusty" in log.read_text()
 
 
 def test_the_students_own_files_do_not(course: Course, notebook: Notebook) -> None:
