@@ -43,6 +43,8 @@ ServerOrder  launcher  fork      listening socket,  run this student's server
 Forked       fork      launcher  pidfd of the fork  it has taken the order
 Exited       template  launcher  -                  a fork's pid and its exit code
 Site         launcher  webserver listening socket   what the landing page shows
+NewPassword  webserver launcher  -                  what a student wishes; it comes back
+                                                    with the answer
 SignOfLife   worker    command   -                  it is not stuck
 Done         worker    command   -                  what the work returned
 Failed       worker,   command,  -                  why the work, or the fork, could not be
@@ -3912,7 +3914,9 @@ of this notebook. Is the Caps Lock key on? Is the name below yours?</p>{% endif 
 <input name="password" type="password" aria-label="Notebook password" required autofocus
  placeholder="Notebook password" autocomplete="current-password">
 <button>Log in</button></form>
-<p>It asks for the password of the notebook, not for that of the account.</p>{% endif %}
+<p>It asks for the password of the notebook, not for that of the account.
+<a href="{{ order.page_url }}-password"{% if order.any_host %}
+ onclick="this.hostname = location.hostname"{% endif %}>Change it</a></p>{% endif %}
 """,
 )
 
@@ -4548,7 +4552,6 @@ class Helper:
 
     role: str
     course: Path  # its configuration file, for those who look at `ps`
-    has_news: bool = True  # it sends more than Ready
     proven: bool = False  # it has been ready once: if it ends it is started again
     replaced: bool = False  # we have killed it: the next one is told other things
     child: Child | None = None
@@ -4597,8 +4600,6 @@ class Helper:
                 if isinstance(message, Ready):
                     self.proven = True
                     self.ready.set()
-                    if not self.has_news:
-                        await wait_readable(child.pid_fd)
                 self.handle(message)
         except ValueError as error:
             nonsense = f" ({error})"
@@ -4818,7 +4819,8 @@ async def rehearse_visit(app: Any) -> None:
 #
 # The page on the base port leads every student to their own notebook. `Webserver` is the
 # launcher's side of it; `run_webserver` is the process, which is `nobody` and knows no
-# password. It shows the students' names to anybody, if it is told them.
+# password but those that are typed there, for the launcher to change. It shows the
+# students' names to anybody, if it is told them.
 
 WEBSERVER_TITLE = "notebooks.py: webserver"
 PAGE_SECONDS = 10.0  # in which a visitor must have made a request
@@ -4833,6 +4835,18 @@ FORM = """<form action="{action}" method="get">
 {hidden}<input name="username" aria-label="User name" placeholder="User name" required
  autocapitalize="none" autocomplete="username" spellcheck="false">
 <button>Open my notebook</button>
+</form>
+"""
+# No user name begins with a hyphen.
+PASSWORD_PATH = "-password"
+PASSWORD_FORM = f"""<p>Save your work first: a new password ends your notebook and its
+kernels, wherever they are open. It needs ten characters at least.</p>
+<form action="/{PASSWORD_PATH}" method="post">
+<input name="username" placeholder="User name" autocomplete="username" required>
+<input name="old" type="password" placeholder="Notebook password so far" required>
+<input name="new" type="password" placeholder="New password" minlength="10" required>
+<input name="again" type="password" placeholder="New password once more" required>
+<button>Change it</button>
 </form>
 """
 
@@ -4855,6 +4869,15 @@ class Site(Message):
     ports: dict[str, int]
 
 
+class NewPassword(Message):
+    """What a student wishes, and the launcher's answer."""
+
+    username: str
+    old: str
+    new: str
+    answer: str = ""
+
+
 @dataclasses.dataclass(kw_only=True)
 class Webserver(Helper):
     """The launcher's side of the webserver."""
@@ -4862,10 +4885,18 @@ class Webserver(Helper):
     role: str = "webserver"
     listener: socket.socket
     site: Callable[[], Site]  # what the page has to show now
-    has_news: bool = False  # strangers talk to it: we read nothing once it serves them
+    change: Callable[[NewPassword], Any]
+    task: "asyncio.Task[None] | None" = None  # changes a password
 
     def greet(self) -> None:
         self.tell(self.site(), [self.listener.fileno()])
+
+    def handle(self, message: Message) -> None:
+        # Strangers talk to it, and may have taken it over: one wish at a time, of text.
+        is_busy = self.task is not None and not self.task.done()
+        is_text = {str} == {*map(type, vars(message).values())}
+        if isinstance(message, NewPassword) and is_text and not is_busy:
+            self.task = asyncio.get_running_loop().create_task(self.change(message))
 
 
 def content_security_policy() -> str:
@@ -4985,6 +5016,24 @@ def page_handler() -> type:
     return PageHandler
 
 
+def password_handler(page_handler: Any) -> type:
+    """Return the handler of the form in which a student changes their password."""
+
+    class PasswordHandler(page_handler):  # type: ignore[misc]
+        async def get(self) -> None:
+            await self.finish(make_page(self.settings["site"].title, PASSWORD_FORM))
+
+        async def post(self) -> None:
+            names = ("username", "old", "new", "again")
+            username, old, new, again = (self.get_body_argument(x, "") for x in names)
+            new *= new == again  # none is refused
+            answer = await self.settings["ask"](NewPassword(username, old, new))
+            title = self.settings["site"].title
+            await self.finish(make_page(title, PASSWORD_FORM, answer))
+
+    return PasswordHandler
+
+
 def visited_host(request: Any) -> str:
     """Return the host name that the visitor used, without the port."""
     host: str = request.host_name
@@ -4998,7 +5047,18 @@ async def serve_page(
     """Serve the base port until the launcher is gone: TLS, or a redirect to it."""
     from tornado import httpserver, iostream, tcpserver, web
 
-    application = web.Application([(r"/(.*)", page_handler())], site=site)
+    turn, answers = asyncio.Lock(), asyncio.Queue[NewPassword]()
+
+    async def ask(wish: NewPassword) -> str:
+        async with turn:
+            channel.send_message(wish, wait=False)
+            while (back := await answers.get()).username != wish.username:
+                pass  # an earlier webserver has asked for that
+            return back.answer
+
+    page = page_handler()
+    handlers = [(f"/{PASSWORD_PATH}", password_handler(page)), (r"/(.*)", page)]
+    application = web.Application(handlers, site=site, ask=ask)
     server = httpserver.HTTPServer(
         application,
         no_keep_alive=True,
@@ -5028,7 +5088,10 @@ async def serve_page(
         channel.send_message(Ready())
 
     async for message in channel.messages():  # until the launcher is gone
-        application.settings["site"] = message
+        if isinstance(message, NewPassword):
+            answers.put_nowait(message)
+        else:
+            application.settings["site"] = message
 
 
 def run_webserver(channel: Channel) -> None:
@@ -5223,6 +5286,9 @@ def ensure_capacity(course: Course) -> None:
 
 SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
 MEMORY_SECONDS = 5  # between two looks at what all processes hold
+GUESS_SECONDS = 1.0  # for each try of a password, one at a time, whoever sends them
+# Every encoding of a list has these characters; no spreadsheet takes them for a formula.
+GOOD_PASSWORD = re.compile(r"(?![=+@-])[!-~][ -~]{8,98}[!-~]")
 
 
 class ServerState(enum.Enum):
@@ -5490,7 +5556,9 @@ class Launcher:
         self.options = course.options
         self.fingerprint = certificate.fingerprint()
         self.servers: dict[str, Server] = {}
-        self.web = Webserver(course=path, listener=base_listener, site=self.site)
+        self.web = Webserver(
+            course=path, listener=base_listener, site=self.site, change=self.change_password
+        )
         self.reload_wanted = asyncio.Event()
         self.announced = False
         self.memory = 0  # of all students, in bytes
@@ -5662,6 +5730,57 @@ class Launcher:
             self.fingerprint = fingerprint
             self.web.replace()
         say(f"Reloaded: {counted(len(new), 'student')} came, {len(gone)} left.")
+
+    async def change_password(self, wish: NewPassword) -> None:
+        """Give a student a new password, end what the old one has opened, and answer."""
+        await asyncio.sleep(GUESS_SECONDS)
+
+        try:
+            server = self.write_password(wish)
+            log.info("%s: has a new password", wish.username)
+            if server.process:
+                known = {server.member.uid: {server.process.pid}}
+                await asyncio.to_thread(end_families, known)
+            answer = "Your password is changed."
+
+        except (Error, OSError) as error:
+            answer = explain(error)
+            if type(error) is not Error:  # it names our files
+                log.warning("%s: no new password: %s", wish.username, answer)
+                answer = "Not changed: try again in a minute, or ask your teacher."
+
+        self.web.tell(NewPassword(wish.username, "", "", answer))
+
+    def write_password(self, wish: NewPassword) -> Server:
+        """Write a new password into the list, if the old one is right.
+
+        Returns: the server, which has the old one. Raises: Error, for the student;
+        UsageError or OSError.
+        """
+        roster, username = Roster(self.context.config.user_list), wish.username
+        with roster.locked():
+            server = self.servers.get(username)
+            known = {each.username: each.nb_pass for each in roster.students}
+            old = known.get(username, "").encode()
+            # In constant time, which does not tell how much of it is right.
+            is_right = hmac.compare_digest(old, wish.old.encode(errors="replace"))
+            if not (server and old and is_right):
+                raise Error("User name or password are wrong.")
+
+            if not GOOD_PASSWORD.fullmatch(wish.new) or username in wish.new:
+                raise Error(
+                    "Type a new password twice in the same way: 10 to 100 letters, digits"
+                    " and signs of an English keyboard, without your user name; it must not"
+                    " begin with = + - or @."
+                )
+            if server.state is ServerState.STARTING:
+                raise Error("Your notebook is just being started: try again in a minute.")
+
+            roster.update(username, nb_pass=wish.new)
+            roster.save()
+            student = next(each for each in roster.students if each.username == username)
+            server.update(dataclasses.replace(server.member, student=student))
+        return server
 
     def servers_not_in(self, roster: Roster) -> list[Server]:
         """Return the servers of those who are no students any more."""

@@ -1,0 +1,133 @@
+"""A student's own notebook password: asked for on the page, written into the list."""
+
+import asyncio
+import fcntl
+import http.client
+import socket
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from notebooks import NewPassword, Ready, Site, Webserver
+from support import Course, LogInRefused, Notebook, fetch, wait_until
+
+pytestmark = pytest.mark.root
+
+NEW = 'a "good", new; password'
+CHANGED = "Your password is changed."
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
+    with Course(tmp_path_factory.mktemp("course"), 2) as course:
+        course.check("setup")
+        course.launch().wait_ready()
+        yield course
+
+
+def ask(course: Course, username: str, old: str, new: str, again: str = "") -> str:
+    """Fill in the form, and return the page that comes."""
+    form = {"username": username, "old": old, "new": new, "again": again or new}
+    response = fetch(
+        f"{course.url}-password",
+        "POST",
+        urllib.parse.urlencode(form),
+        {"Content-Type": "application/x-www-form-urlencoded"},
+        course.context(),
+    )
+    assert response.status == http.client.OK
+    return response.text
+
+
+def test_a_student_changes_their_own_password(course: Course) -> None:
+    username, other = course.students
+    old = course.rows()[username]["nb-pass"]
+    notebook, others = course.notebook(username), course.server(other)
+    notebook.execute("1")
+    before = course.server(username)
+    page = fetch(f"{course.notebook_url(username)}login", context=course.context()).text
+    assert f":{course.port}/-password" in page
+    assert CHANGED in ask(course, username, old, NEW)
+    assert course.rows()[username]["nb-pass"] == NEW
+    assert not before.is_running()
+    assert not [x for x in course.processes() if x.username() == username]
+    with pytest.raises(LogInRefused):
+        Notebook(course.notebook_url(username), course.context()).log_in(old)
+    assert notebook.fetch("api/contents").status == http.client.FORBIDDEN
+    assert course.notebook(username).execute("6 * 7") == "42"
+    assert course.server(other) == others
+    course.check("setup")
+    assert course.rows()[username]["nb-pass"] == NEW
+
+
+@pytest.mark.parametrize(
+    ("new", "again"),
+    [
+        ("another one", "another 0ne"),
+        ("too short", ""),
+        ("=HYPERLINK(1)", ""),
+        ("ünïcödé wörds", ""),
+        ("line\nbreaks in it", ""),
+        ("{username}{username}", ""),
+        ("long" * 30, ""),
+    ],
+)
+def test_a_bad_new_password_is_refused(course: Course, new: str, again: str) -> None:
+    username = course.students[1]
+    old = course.rows()[username]["nb-pass"]
+    before, server = course.user_list.read_bytes(), course.server(username)
+    page = ask(course, username, old, new.format(username=username), again)
+    assert "twice in the same way" in page and "10 to 100" in page
+    assert course.user_list.read_bytes() == before
+    assert course.server(username) == server
+
+
+def test_who_does_not_know_the_old_password_changes_nothing(course: Course) -> None:
+    username, other = course.students
+    before = course.user_list.read_bytes()
+    theirs = course.rows()[other]["nb-pass"]
+    for name, old in ((username, theirs), (username, ""), ("nobody", ""), ("", "\udcff")):
+        page = ask(course, name, old.encode("utf-8", "replace").decode(), "a new password")
+        assert "User name or password are wrong." in page
+    assert course.user_list.read_bytes() == before
+
+
+def test_while_the_list_is_in_use_a_student_has_to_wait(course: Course) -> None:
+    username = course.students[1]
+    old = course.rows()[username]["nb-pass"]
+    with course.user_list.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        page = ask(course, username, old, "a new password")
+        assert "try again in a minute" in page
+        assert str(course.directory) not in page
+    assert course.rows()[username]["nb-pass"] == old
+    assert CHANGED in ask(course, username, old, "a new password")
+    wait_until(lambda: not course.servers(username), 20, "the end of the old server")
+
+
+def test_a_webserver_that_was_taken_over_gets_one_try_at_a_time(tmp_path: Path) -> None:
+    tries = []
+
+    async def change(wish: NewPassword) -> None:
+        tries.append(wish.old)
+        await asyncio.sleep(60)
+
+    def site() -> Site:
+        raise AssertionError("nobody starts it")
+
+    async def talk() -> None:
+        with socket.socket() as listener:
+            webserver = Webserver(
+                course=tmp_path, listener=listener, site=site, change=change
+            )
+            texts: Any = (1, {}, [], None, "first", "second")
+            for text in texts:
+                webserver.handle(NewPassword("ada", text, "new"))
+            webserver.handle(Ready())
+            await asyncio.sleep(0)
+
+    asyncio.run(talk())
+    assert tries == ["first"]
