@@ -31,7 +31,10 @@ TEST_PREFIX = /opt/notebooks-test
 BENCH_PREFIX = /opt/notebooks-bench
 NBGRADER_PREFIX = /opt/notebooks-nbgrader
 KERNELS_PREFIX = /opt/notebooks-kernels
-TEST_PACKAGES = acl chromium chromium-driver default-jre-headless exfat-fuse exfatprogs \
+EXTENSIONS_PREFIX = /opt/notebooks-extensions
+EXTENSIONS = jupyter-collaboration jupyterlab-git jupyter-resource-usage jupyter-server-proxy \
+    jupyterlab-lsp python-lsp-server ipympl nbgitpuller jupyter-archive nbclassic voila
+TEST_PACKAGES = acl chromium chromium-driver default-jre-headless exfat-fuse exfatprogs git \
     libnss-extrausers openssl python3-venv tcc
 
 DEMO = $(PREFIX)-demo
@@ -304,10 +307,19 @@ $(KERNELS_PREFIX)/installed:
 	    share/jupyter/kernels/xpython*/kernel.json
 	touch $@
 
-# Processes that have become a student write what they measured, too: hence mode 1777.
-test: check $(NBGRADER_PREFIX)/installed $(KERNELS_PREFIX)/installed
+# Extensions are part of each server of their environment: not of those of other tests.
+$(EXTENSIONS_PREFIX)/installed: setup.cfg Makefile
 	umask 022
-	export NBGRADER_PREFIX=$(NBGRADER_PREFIX)
+	$(PYTHON) -m venv $(EXTENSIONS_PREFIX)
+	$(EXTENSIONS_PREFIX)/bin/pip install --quiet --disable-pip-version-check . $(EXTENSIONS)
+	rm -rf $(BUILD_FILES)
+	touch $@
+
+# Processes that have become a student write what they measured, too: hence mode 1777.
+test: check $(NBGRADER_PREFIX)/installed $(KERNELS_PREFIX)/installed \
+    $(EXTENSIONS_PREFIX)/installed
+	umask 022
+	export NBGRADER_PREFIX=$(NBGRADER_PREFIX) EXTENSIONS_PREFIX=$(EXTENSIONS_PREFIX)
 	export KERNELS_PREFIX=$(KERNELS_PREFIX)
 	measured=$$(mktemp -d /tmp/notebooks-coverage.XXXXXX)
 	trap 'rm -rf "$$measured"' EXIT

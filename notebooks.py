@@ -42,6 +42,7 @@ ServerOrder  launcher  fork      listening socket,  run this student's server
                                  terminal
 Forked       fork      launcher  pidfd of the fork  it has taken the order
 Exited       template  launcher  -                  a fork's pid and its exit code
+Trial        fork      template  -                  how all extensions have started
 Site         launcher  webserver listening socket   what the landing page shows
 NewPassword  webserver launcher  -                  what a student wishes; it comes back
                                                     with the answer
@@ -95,6 +96,7 @@ import hmac
 import html
 import importlib
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -123,6 +125,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import unicodedata
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -3955,6 +3958,58 @@ class ServerOrder(Message):
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
+class OldHome:
+    """Who keeps a path in the template's HOME in this memory: each fork has it its own.
+
+    Many a package works out such a path when it is imported, and keeps it in a variable of
+    a module, an attribute of a class, the default of a parameter or of a trait.
+    """
+
+    def __init__(self, home: str) -> None:
+        from traitlets import TraitType
+
+        self.home = home
+        self.places: list[tuple[Any, str]] = []
+        kinds = (types.ModuleType, type, types.FunctionType, TraitType)
+        for owner in gc.get_objects():
+            if not issubclass(type(owner), kinds):  # isinstance would wake lazy objects
+                continue
+            kept = dict(vars(owner))
+            if type(owner) is types.FunctionType:
+                kept |= {"__defaults__": owner.__defaults__}
+                kept |= {"__kwdefaults__": owner.__kwdefaults__}
+            for name, value in kept.items():
+                if self.moved(value, "") != value:
+                    self.places.append((owner, name))
+
+    def move(self, home: str) -> None:
+        """Have everybody keep a path in another home instead."""
+        for owner, name in self.places:
+            value = getattr(owner, name)
+            moved = self.moved(value, home)
+            if isinstance(value, list):  # others may have it, too
+                value[:] = moved
+            elif isinstance(value, dict):
+                value.update(moved)
+            else:
+                setattr(owner, name, moved)
+
+    def moved(self, value: Any, home: str, depth: int = 3) -> Any:
+        """Return a value with the paths that are in it in another home."""
+        kind = type(value)
+        if kind is str:
+            return value.replace(self.home, home)
+        if kind is bytes:
+            return value.replace(os.fsencode(self.home), os.fsencode(home))
+        if issubclass(kind, PurePath):
+            return kind(str(value).replace(self.home, home))
+        if kind in (list, tuple) and depth:
+            return kind(self.moved(each, home, depth - 1) for each in value)
+        if kind is dict and depth:
+            return {key: self.moved(each, home, depth - 1) for key, each in value.items()}
+        return value
+
+
 def hash_password(password: str) -> str:
     """Return a salted hash as jupyter_server.auth.security checks it."""
     # One round is enough for 70 random bits that never touch a disk.
@@ -4001,7 +4056,6 @@ def server_environment(
 
 def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     """Return the traitlets configuration of a student's server."""
-    from jupyter_core.paths import ENV_JUPYTER_PATH, SYSTEM_JUPYTER_PATH
     from traitlets.config import Config as Settings
 
     home = Path(account.pw_dir)
@@ -4018,15 +4072,10 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             f"{start_url.removesuffix('/tree')}/tree/{urllib.parse.quote(start_path)}"
         )
 
-    # What these took from the template's environment when they were imported.
+    # These would follow JUPYTER_CONFIG_DIR, which is root's while the server starts.
     lab = {
         "user_settings_dir": str(config_dir / "lab/user-settings"),
         "workspaces_dir": str(config_dir / "lab/workspaces"),
-        # Pages of extensions are shown to anybody, without a log-in: not the student's.
-        "labextensions_path": [
-            os.path.join(path, "labextensions")
-            for path in (*ENV_JUPYTER_PATH, *SYSTEM_JUPYTER_PATH)
-        ],
     }
 
     return Settings(
@@ -4045,7 +4094,6 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "terminado_settings": {
                 "shell_command": [*TERMINAL_SHELL, str(start_dir), account.pw_shell, "-l"]
             },
-            "jpserver_extensions": {"jupyter_lsp": False},  # it runs npm at each start
             "kernel_manager_class": kernel_manager(order, start_path),
             "kernel_spec_manager_class": spec_manager(order),
             "shutdown_no_activity_timeout": order.idle_seconds,
@@ -4076,6 +4124,14 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "db_file": ":memory:",
             "secret": secrets.token_bytes(64),
         },
+        # For the same reason: jupyter-collaboration's.
+        BaseFileIdManager={"db_path": ":memory:"},
+        SQLiteYStore={"db_path": ":memory:"},
+        # Where jupyter_lsp looks for node_modules; else it would ask npm at each start.
+        LanguageServerManager={
+            "node_roots": [start_dir, f"{sys.prefix}/lib", "/usr/local/lib", "/usr/lib"]
+        },
+        TemplateExporter={"extra_template_basedirs": []},  # not the current directory
         LabApp={**lab, "extension_manager": "readonly", "news_url": None},
         JupyterNotebookApp=lab,
         LabServerApp=lab,
@@ -4390,7 +4446,7 @@ def leave_session_keyring() -> None:
         raise OSError(ctypes.get_errno(), "keyctl: cannot join a session keyring")
 
 
-def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
+def become_server(old_home: OldHome, order: ServerOrder, fds: Sequence[int]) -> None:
     """Become the student for good, and serve until SIGTERM. Step 6 of a start."""
     listener_fd, terminal_fd = fds
     with closing(terminal_fd):
@@ -4415,12 +4471,17 @@ def become_server(order: ServerOrder, fds: Sequence[int]) -> None:
     time.tzset()
     os.umask(login_umask(account))
     os.chdir("/")
-    app = make_app(order, account)
+    old_home.move(account.pw_dir)
+    said = StartOutput()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        app = make_app(order, account)
     os.chdir(account.pw_dir)  # not the start directory, which the student may replace
-    serve(app, context, socket.socket(fileno=listener_fd))
+    serve(app, context, socket.socket(fileno=listener_fd), said)
 
 
-def make_app(order: ServerOrder, account: pwd.struct_passwd) -> Any:
+def make_app(
+    order: ServerOrder, account: pwd.struct_passwd, without: Collection[str] = ()
+) -> Any:
     """Return the application; nothing in the home was executed. Step 7 of a start."""
     from jinja2 import ChoiceLoader, DictLoader
     from jupyter_server.serverapp import ServerApp
@@ -4428,24 +4489,26 @@ def make_app(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     # Root's while Jupyter looks for Python to execute. Terminals and kernels must not
     # inherit it.
     os.environ["JUPYTER_CONFIG_DIR"] = str(CONFIG_DIR)
-    # The trash directory was worked out from the template's HOME at import.
-    importlib.reload(sys.modules["send2trash.plat_other"])
-
-    app: Any = ServerApp(config=server_settings(order, account))
+    settings = server_settings(order, account)
+    settings.ServerApp.jpserver_extensions = dict.fromkeys(without, False)
+    app: Any = ServerApp(config=settings)
     # The templates of nbconvert are Python in disguise, and are looked up in the home: they
     # would run in this process, which holds the host's key.
     app.default_services = [x for x in app.default_services if x != "nbconvert"]
     app.no_browser_open_file = True
     app.initialize(argv=[], new_httpserver=False)
 
-    settings = Path(account.pw_dir, ".jupyter", app.config_manager.config_dir_name)
-    app.config_manager.write_config_dir = str(settings)
+    config_dir = Path(account.pw_dir, ".jupyter", app.config_manager.config_dir_name)
+    app.config_manager.write_config_dir = str(config_dir)
     app.web_app.add_handlers(".*$", export_handlers(app.base_url))
+
+    # Before the templates of Jupyter, which know neither student nor course.
     templates = app.web_app.settings["jinja2_env"]
     pages = DictLoader(dict.fromkeys(["login.html", "logout.html"], LOG_IN_PAGE))
     templates.loader = ChoiceLoader([pages, templates.loader])
     templates.globals["order"] = order
     app.web_app.settings["page_config_hook"] = without_news
+
     del os.environ["JUPYTER_CONFIG_DIR"]
     return app
 
@@ -4456,13 +4519,25 @@ def without_news(_: object, page_config: dict[str, Any]) -> dict[str, Any]:
     return {**page_config, "disabledExtensions": disabled}
 
 
-def serve(app: Any, context: ssl.SSLContext, listener: socket.socket) -> None:
+class StartOutput(io.StringIO):
+    """What is said at a start: the launcher hears it, and the log begins with it."""
+
+    is_over = False
+
+    def write(self, text: str) -> int:
+        os.write(2, text.encode(errors="replace"))
+        return len(text) if self.is_over else super().write(text)
+
+
+def serve(
+    app: Any, context: ssl.SSLContext, listener: socket.socket, said: StartOutput
+) -> None:
     """Run the application on the listening socket, until SIGTERM or for long idle.
 
     Step 8 of a start. `app.start` prints the address, for which `watch_start` waits in the
     launcher, and then runs the event loop, whose first callback leaves the terminal. The
     whole protocol of a start rests on this order: what is printed before goes to the
-    launcher, as the reason if the start fails, and what is printed later to the log.
+    launcher, as the reason if the start fails, and all of it to the log in the end.
     """
     from tornado.httpserver import HTTPServer
 
@@ -4475,11 +4550,11 @@ def serve(app: Any, context: ssl.SSLContext, listener: socket.socket) -> None:
     )
     listener.setblocking(False)
     server.add_sockets([listener])
-    app.io_loop.add_callback(move_output_to_log)
+    app.io_loop.add_callback(move_output_to_log, said)
     app.start()
 
 
-def move_output_to_log() -> None:
+def move_output_to_log(said: StartOutput) -> None:
     """Leave the launcher's terminal for a log in the home. Runs as: the student."""
     # Nothing is flushed: the launcher may have closed the terminal already (EIO).
     log_fd = null_fd = os.open(os.devnull, os.O_RDWR)
@@ -4489,7 +4564,9 @@ def move_output_to_log() -> None:
         fd = os.open(Path.home() / SERVER_LOG, flags, 0o600)
         if stat.S_ISREG(os.fstat(fd).st_mode):
             os.truncate(fd, 0)
+            os.write(fd, said.getvalue().encode(errors="replace"))
             log_fd = fd
+    said.is_over = True
 
     for fd, target in ((null_fd, 0), (log_fd, 1), (log_fd, 2)):
         os.dup2(fd, target)
@@ -4515,6 +4592,10 @@ START_SECONDS = 60.0  # for a fork to answer, and again for a server to name its
 STOP_SECONDS = 1.5  # in which a helper must have ended
 EXIT_REPORT_SECONDS = 1.0  # in which a template has reported an end that we see
 TEMPLATE_TITLE = "notebooks.py: template process"
+TRIAL_SECONDS = 30  # in which all extensions must have started
+
+# Extensions that may start again in a process that has rehearsed their start.
+REHEARSED = ("jupyter_server_terminals", "jupyterlab", "notebook", "notebook_shim")
 
 # What a running server would import by and by; the last brings most of it. Importing them
 # before `rehearse_start` allocates anything keeps 1 MB more shared. tests/test_server.py
@@ -4523,6 +4604,14 @@ SERVER_MODULES = (
     *("anyio._backends._asyncio", "babel.dates", "ipykernel.kernelspec"),
     *("jupyter_core.migrate", "notebook.app"),
 )
+
+
+class Trial(Message):
+    """Which extensions there are, what they import, and what went wrong with them."""
+
+    extensions: list[str]
+    modules: list[str]
+    failures: list[str]
 
 
 class Ready(Message):
@@ -4681,12 +4770,10 @@ class Template(Helper):
             self.reports.pop(message.pid).set_result(message.code)
 
 
-def run_template(
-    channel: Channel, preload: Callable[[], None], become: Callable[..., None]
-) -> None:
+def run_template(channel: Channel, preload: Callable[[], Callable[..., None]]) -> None:
     """Fork a process for each request; report the exit code of each fork that ends.
 
-    preload: imports what forks need. become: what a fork does with an order and its
+    preload: imports what forks need, and returns what a fork does with an order and its
     descriptors. Runs as: root, one thread, no event loop. Ends when the launcher is gone.
     """
     setproctitle.setproctitle(TEMPLATE_TITLE)
@@ -4694,7 +4781,7 @@ def run_template(
     wakeup_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    preload()
+    become = preload()
     with contextlib.suppress(OSError):  # the launcher is gone: seen below
         channel.send_message(Ready())
 
@@ -4750,24 +4837,97 @@ def take_order(channel: Channel, become: Callable[..., None]) -> None:
     become(order, fds)
 
 
-def preload_server() -> None:
-    """Import what servers need, so that forks share it."""
+def preload_server() -> Callable[..., None]:
+    """Import what servers need, so that forks share it; return what a fork does."""
     # What packages warn of is kept for the students' logs: it is not the teacher's.
     logger = logging.getLogger("py.warnings")
     logger.addHandler(logging.handlers.MemoryHandler(sys.maxsize, logging.CRITICAL))
     logger.propagate = False
     logging.captureWarnings(True)
+    home = ensure_rehearsal_home()
+    os.environ["HOME"] = str(home)  # become_server sets the whole environment again
+    search_installation_only()
     for module in SERVER_MODULES:
         importlib.import_module(module)
     # The first context makes OpenSSL load its tables: 2 MB that are then shared.
     ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    rehearse_start()
+
+    # An extension may start but once in a process: in each fork, and not in the template.
+    trial = try_extensions(home)
+    for failure in trial.failures:
+        log.warning("an extension fails, for all students: %s", failure)
+    for module in trial.modules:
+        with contextlib.suppress(Exception):  # as in the trial
+            importlib.import_module(module)
+    logging.disable(logging.CRITICAL)  # till the end of the rehearsal
+    rehearse_start(home, without=trial.extensions)
+
+    become = functools.partial(become_server, OldHome(str(home)))
+    shutil.rmtree(home)
     release_memory()
     gc.freeze()  # a collection writes into each object, and unshares its page
+    return become
 
 
-def rehearse_start() -> None:
-    """Initialize a server that nobody uses, and throw it away.
+def try_extensions(home: Path) -> Trial:
+    """Have a fork start all extensions; return what it tells."""
+    child = Child.fork(lambda channel: report_trial(channel, home))
+    with contextlib.suppress(EOFError):
+        trial, _ = child.channel.receive_message()
+        child.reap()
+        assert isinstance(trial, Trial)
+        return trial
+    raise SystemExit(
+        "notebooks.py: with an extension, servers do not start"
+        f" ({explain_exit(child.reap())}): `jupyter server extension list` names them all"
+    )
+
+
+def report_trial(channel: Channel, home: Path) -> None:
+    """Start all extensions, and tell the template what that has shown."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(TRIAL_SECONDS)
+    null_fd = os.open(os.devnull, os.O_RDWR)
+    for fd in (1, 2):
+        os.dup2(null_fd, fd)
+    failures = []
+
+    def note_failure(record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1]:
+            name = record.getMessage().partition(" | ")[0]
+            *_, line = traceback.format_exception_only(record.exc_info[1])
+            failures.append(f"{name}: {line.strip()}")
+        return True
+
+    logging.getLogger("ServerApp").addFilter(note_failure)
+    known = {*sys.modules}
+    app = rehearse_start(home)
+    extensions = [name for name in app.jpserver_extensions if name not in REHEARSED]
+    modules = [name for name in sys.modules if name not in known]
+    channel.send_message(Trial(extensions, modules, failures))
+
+
+def search_installation_only() -> None:
+    """Have Jupyter find kernels in the home, and nothing else.
+
+    Templates are Python in disguise: they would run in the server. Pages and scripts of
+    extensions are shown to anybody, without a log-in.
+    """
+    from jupyter_core import paths
+
+    find = paths.jupyter_path
+
+    def jupyter_path(*names: str) -> list[str]:
+        found = find(*names)
+        if names[:1] == ("kernels",):
+            return found
+        return [path for path in found if not Path(path).is_relative_to(Path.home())]
+
+    paths.jupyter_path = jupyter_path  # before anybody imports it by its name
+
+
+def rehearse_start(home: Path, without: Collection[str] = ()) -> Any:
+    """Initialize a server that nobody uses, without some extensions; return it.
 
     What Jupyter works out and keeps in its modules at a first start, for a first page and
     for a first notebook is then shared by all forks: each starts in half the CPU time and
@@ -4777,12 +4937,9 @@ def rehearse_start() -> None:
     from jupyter_server.gateway.gateway_client import GatewayClient
     from tornado.ioloop import IOLoop
 
-    home = ensure_rehearsal_home()
     account = pwd.struct_passwd(("", "", 0, 0, "", str(home), "/bin/sh"))
     order = ServerOrder()
-    os.environ["HOME"] = str(home)  # become_server sets the whole environment again
-    logging.disable(logging.CRITICAL)
-    app = make_app(order, account)
+    app = make_app(order, account, without)
     app.io_loop.run_sync(functools.partial(rehearse_visit, app))
 
     # To validate a notebook compiles the schema of its version.
@@ -4797,7 +4954,7 @@ def rehearse_start() -> None:
     GatewayClient.clear_instance()
     IOLoop.current().close()
     asyncio.set_event_loop(None)
-    shutil.rmtree(home)
+    return app
 
 
 async def rehearse_visit(app: Any) -> None:
@@ -6535,7 +6692,7 @@ COMMANDS: dict[str, Callable[[Course], int]] = {
 }
 # What this script is executed as by the launcher, with the number of a descriptor.
 ROLES: dict[str, Callable[[Channel], None]] = {
-    "template": lambda channel: run_template(channel, preload_server, become_server),
+    "template": lambda channel: run_template(channel, preload_server),
     "webserver": run_webserver,
 }
 

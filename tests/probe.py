@@ -22,8 +22,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import setproctitle  # noqa: E402
-from jupyter_server.serverapp import ServerApp  # noqa: E402
-from traitlets import HasTraits  # noqa: E402
 
 import notebooks  # noqa: E402
 
@@ -39,6 +37,8 @@ def holds(value: object, text: str) -> bool:
 
 def values_of_traits(value: object) -> Iterator[object]:
     """Yield what traits say when asked, which may be a default of the class."""
+    from traitlets import HasTraits
+
     if isinstance(value, HasTraits):
         for name in value.trait_names():
             with contextlib.suppress(Exception):
@@ -76,6 +76,8 @@ def globals_with(text: str) -> Iterator[str]:
 
 
 def report(fd: int, old_modules: set[str]) -> None:
+    from jupyter_server.serverapp import ServerApp  # imported by the template, not here
+
     (app,) = (each for each in gc.get_objects() if isinstance(each, ServerApp))
     terminals: Any = app.web_app.settings["terminal_manager"]
     old_home = str(notebooks.TEMPLATE_HOME)
@@ -94,7 +96,7 @@ def report(fd: int, old_modules: set[str]) -> None:
 def main(config_file: str, username: str) -> None:
     setproctitle.setproctitle("notebooks.py: template process")
     os.environ["HOME"] = str(notebooks.TEMPLATE_HOME)
-    notebooks.preload_server()
+    become_server = notebooks.preload_server()
     course = notebooks.load_course(Path(config_file))
     (member,) = (
         each
@@ -119,7 +121,7 @@ def main(config_file: str, username: str) -> None:
     else:
         fd = os.dup(1)
         signal.signal(signal.SIGUSR2, lambda *_: report(fd, old_modules))
-        notebooks.become_server(order, [listener.fileno(), os.dup(2)])
+        become_server(order, [listener.fileno(), os.dup(2)])
 
 
 if __name__ == "__main__":

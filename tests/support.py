@@ -89,8 +89,10 @@ def wait_until(predicate: Callable[[], Value], seconds: float, what: str) -> Val
     return value
 
 
-def command_line(arguments: tuple[object, ...], script: Path) -> list[str]:
-    return [sys.executable, str(script), *map(str, arguments)]
+def command_line(
+    arguments: tuple[object, ...], script: Path, python: str = sys.executable
+) -> list[str]:
+    return [python, str(script), *map(str, arguments)]
 
 
 def run(
@@ -328,11 +330,12 @@ class Launch:
         *options: object,
         script: Path = NOTEBOOKS,
         env: Mapping[str, str] | None = None,
+        python: str = sys.executable,
     ):
         self.log = config.with_name(f"launch-{secrets.token_hex(4)}.log")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command_line(("launch", *options, config), script),
+                command_line(("launch", *options, config), script, python),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
