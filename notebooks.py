@@ -4500,6 +4500,10 @@ def make_app(
 
     config_dir = Path(account.pw_dir, ".jupyter", app.config_manager.config_dir_name)
     app.config_manager.write_config_dir = str(config_dir)
+    app.config_manager.read_config_path = [
+        str(config_dir),
+        *app.config_manager.read_config_path,
+    ]
     app.web_app.add_handlers(".*$", export_handlers(app.base_url))
 
     # Before the templates of Jupyter, which know neither student nor course.

@@ -445,6 +445,7 @@ def test_settings_workspaces_and_configuration_are_kept_in_the_home(
     assert notebook.fetch(path, "PUT", json.dumps(workspace)).status == 204
     assert notebook.fetch(path).json["data"] == {"x": 1}
     assert notebook.api("PATCH", "config/notebook", {"key": 1}) == {"key": 1}
+    assert notebook.api("GET", "config/notebook") == {"key": 1}
     kept = [*(course.home(student) / ".jupyter").rglob("*")]
     assert {path.owner() for path in kept} == {student}
     assert {".jupyterlab-settings", ".jupyterlab-workspace", ".json"} <= {
