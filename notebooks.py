@@ -548,6 +548,7 @@ async def end_tasks(tasks: "Iterable[asyncio.Task[Any]]") -> None:
 # goes through `fork_process`.
 
 MAX_RESTART_DELAY_SECONDS = 60.0
+M_MMAP_THRESHOLD = -3  # <malloc.h>
 
 
 class Process:
@@ -688,10 +689,14 @@ def restart_delay(last: float, started: float) -> float:
 
 
 def release_memory() -> None:
-    """Give back the 8 MB that compiling and importing have used: malloc_trim(3)."""
+    """Give back the 8 MB that compiling and importing have used: malloc_trim(3).
+
+    From now on each large block, as of a kernel's output, is given back when it is free.
+    """
     gc.collect()
-    with contextlib.suppress(AttributeError):  # only the GNU C library has it
+    with contextlib.suppress(AttributeError):  # only the GNU C library has these
         ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
 
 
 # == The accounts of this host =============================================================
@@ -1097,6 +1102,7 @@ class Config:
     on_demand: bool = setting("Launch", parse_bool, "no")
     idle_minutes: int = setting("Launch", whole_number(0, 100000), "0")
     idle_kernel_minutes: int = setting("Launch", whole_number(0, 100000), "0")
+    busy_minutes: int = setting("Launch", whole_number(0, 100000), "0")
     debugger: bool = setting("Launch", parse_bool, "no")
     tcp_kernels: bool = setting("Launch", parse_bool, "yes")
     own_packages: bool = setting("Launch", parse_bool, "yes")
@@ -3863,6 +3869,15 @@ def make_page(title: str, body: str, message: str = "") -> str:
 SERVER_LOG = ".notebooks.log"  # in the student's home
 IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
 CULL_SECONDS = 60  # between two looks at what is idle
+NEVER_SECONDS = 100 * 365 * 24 * 3600
+FIRST_BYTES = LAST_BYTES = 2 << 20  # of a kernel's output, while its tab does not read
+PIECE_BYTES = 1 << 16  # of text that is kept or left out as one
+OUT_OF_MEMORY = (
+    "The kernel was killed, most likely because the machine had no memory left. What it had"
+    " computed is gone; run your cells again, with less data.\n"
+)
+Upstream: Any = object  # a class of Jupyter's, which comes after ours in the order of bases
+TRY_AGAIN = 1012  # has a tab ask about its kernel when its WebSocket is closed: RFC 6455
 MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
 OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score_adj
 
@@ -3949,6 +3964,7 @@ class ServerOrder(Message):
     profile: str = ""
     idle_seconds: int = 0
     idle_kernel_seconds: int = 0
+    busy_minutes: int = 0
     debugger: bool = False
     tcp_kernels: bool = False
     own_packages: bool = False
@@ -4096,6 +4112,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             },
             "kernel_manager_class": kernel_manager(order, start_path),
             "kernel_spec_manager_class": spec_manager(order),
+            "kernel_websocket_connection_class": tab_connection(),
             "shutdown_no_activity_timeout": order.idle_seconds,
         },
         IdentityProvider={"token": ""},
@@ -4107,7 +4124,9 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
         # Over TCP any local user can connect to a kernel's IOPub port and read it.
         KernelManager={"transport": "ipc"},
         MappingKernelManager={
-            "cull_idle_timeout": order.idle_kernel_seconds,
+            # The look at idle kernels is also that at busy ones.
+            "cull_idle_timeout": order.idle_kernel_seconds
+            or (order.busy_minutes and NEVER_SECONDS),
             "cull_interval": CULL_SECONDS,
             "cull_connected": True,
         },
@@ -4136,6 +4155,242 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
         JupyterNotebookApp=lab,
         LabServerApp=lab,
     )
+
+
+class OutputBuffer:
+    """A kernel's messages that wait for a tab; of output, the first and last megabytes.
+
+    A message is a channel's name and the parts that came through ZMQ. What ends a cell
+    (replies, status) is always kept. Long text is cut into pieces. The first piece of a
+    cell's output that is left out keeps its place, for a note of how much that was.
+    """
+
+    def __init__(self, session: Any):
+        self.session = session  # signs what it makes
+        self.parent = b"{}"  # the header of the request to which the last message belongs
+        # Channel, such a header, and the parts, or text and name of a stream; by number.
+        self.messages: dict[int, tuple[str, bytes, list[bytes] | tuple[str, str]]] = {}
+        self.count = self.first_bytes = self.last_bytes = 0
+        self.last: collections.deque[tuple[int, int]] = collections.deque()
+        self.notes: dict[bytes, int] = {}
+        self.left_out: collections.Counter[int] = collections.Counter()
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def __iter__(self) -> Iterator[tuple[str, list[bytes]]]:
+        for number, (channel, parent, parts) in list(self.messages.items()):
+            if size := self.left_out[number]:
+                text = f"{format_bytes(size)} of output left out, for nobody was reading"
+                parts = f"\n[... {text} ...]\n", "stderr"
+            if isinstance(parts, tuple):
+                parts = self.stream_parts(*parts, parent)
+            yield channel, parts
+
+    def stream_parts(self, text: str, name: str = "stderr", parent: bytes = b"") -> Any:
+        """Return a message that shows text in the output of a cell, or of the last one."""
+        content, header = {"name": name, "text": text}, json.loads(parent or self.parent)
+        message = self.session.msg("stream", content, parent=header)
+        return self.session.serialize(message)
+
+    def append(self, message: tuple[str, list[bytes]]) -> None:
+        channel, parts = message
+        _, (_, header, parent, _, content, *_) = self.session.feed_identities(parts)
+        kind, size = json.loads(header)["msg_type"], sum(map(len, parts))
+        if channel == "iopub":
+            self.parent = parent
+
+        if channel != "iopub" or kind == "status":
+            self.add(0, channel, parent, parts)
+        elif kind == "stream" and size > PIECE_BYTES:
+            stream = json.loads(content)
+            for i in range(0, len(stream["text"]), PIECE_BYTES):
+                piece = stream["text"][i : i + PIECE_BYTES]
+                self.add(len(piece), channel, parent, (piece, stream["name"]))
+        else:
+            self.add(size, channel, parent, parts)
+
+    def add(self, size: int, *message: Any) -> None:
+        """Keep a message, and leave out as much as the size of its output needs."""
+        self.count += 1
+        self.messages[self.count] = message
+        if not self.last and self.first_bytes + size <= FIRST_BYTES:
+            self.first_bytes += size
+        elif size:
+            self.last.append((self.count, size))
+            self.last_bytes += size
+
+        while self.last_bytes > LAST_BYTES:
+            number, size = self.last.popleft()
+            self.last_bytes -= size
+            note = self.notes.setdefault(self.messages[number][1], number)
+            self.left_out[note] += size
+            if note != number:
+                del self.messages[number]
+            else:  # its text goes
+                self.messages[number] = *self.messages[number][:2], []
+
+
+class TabConnection(Upstream):  # type: ignore[misc]
+    """A tab's connection to its kernel: as Jupyter's, but it keeps little for the tab.
+
+    While the tab does not read, messages wait in `unread`. When the connection ends, they
+    stay for the next one of this tab, in place of Jupyter's list without end.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.unread = OutputBuffer(self.session)
+
+    @property
+    def waiting(self) -> Any:
+        """What Jupyter knows of messages that wait for this tab."""
+        waiting = self.multi_kernel_manager.waiting_for(self.kernel_id)
+        return waiting if waiting.get("session_key") == self.session_key else {}
+
+    @property
+    def socket(self) -> Any:
+        socket = getattr(self.websocket_handler.ws_connection, "stream", None)
+        return socket if socket and not socket.closed() else None
+
+    def connect(self) -> Any:
+        if self.waiting:
+            self.unread, self.waiting["buffer"] = self.waiting["buffer"], []
+        connected = super().connect()
+        if connected:
+            connected.add_done_callback(self.pass_on)
+        return connected
+
+    def disconnect(self) -> None:
+        super().disconnect()
+        self.waiting["buffer"] = self.unread
+
+    def handle_outgoing_message(self, stream: Any, outgoing_msg: list[bytes]) -> None:
+        _, parts = self.session.feed_identities(outgoing_msg)
+        if stream.channel == "iopub":
+            self.unread.parent = parts[2]
+
+        socket = self.socket
+        if socket and not self.unread and not socket.writing():
+            super().handle_outgoing_message(stream, outgoing_msg)
+            return
+        unknown = dict.fromkeys(("header", "parent_header", "content"))
+        if not self._limit_rate(stream.channel, unknown, parts[1:]):
+            if socket and not self.unread:  # an empty write is done after those before it
+                socket.write(b"").add_done_callback(self.pass_on)
+            self.unread.append((stream.channel, outgoing_msg))
+
+    def pass_on(self, _: object) -> None:
+        """Send what waits: at once, so the limit of rates would leave out its end."""
+        if self.socket:
+            unread, self.unread = self.unread, OutputBuffer(self.session)
+            self.unread.parent = unread.parent
+            self.limit_rate, limited = False, self.limit_rate
+            for channel, parts in unread:
+                super().handle_outgoing_message(self.channels[channel], parts)
+            self.limit_rate = limited
+
+
+def end_file(name: str) -> Path:
+    """Return where the end of a kernel or terminal is told, also by the next server."""
+    return Path(os.environ["JUPYTER_RUNTIME_DIR"], f"ended-{name}")
+
+
+class KernelKeeper(Upstream):  # type: ignore[misc]
+    """A manager of kernels that ends none with work in it, and tells tabs of each end."""
+
+    busy_minutes: int
+
+    async def start_kernel(self, **options: Any) -> str:
+        kernel_id = str(await super().start_kernel(**options))
+        died = functools.partial(self.tell_of_death, kernel_id)
+        self.add_restart_callback(kernel_id, died)
+        return kernel_id
+
+    def waiting_for(self, kernel_id: str) -> Any:
+        """Return what Jupyter knows of messages that wait for a tab to come back."""
+        return self._kernel_buffers.get(kernel_id, {})
+
+    def tabs_of(self, kernel_id: str) -> list[Any]:
+        every = self.parent.kernel_websocket_connection_class._open_sockets
+        return [tab for tab in every if tab.kernel_id == kernel_id]
+
+    def tell_of_death(self, kernel_id: str) -> None:
+        """Say why a kernel died that neither we nor the student have ended."""
+        process = getattr(self.get_kernel(kernel_id).provisioner, "process", None)
+        if not process or process.poll() != -signal.SIGKILL:
+            return
+        for tab in self.tabs_of(kernel_id):
+            words = tab.unread.stream_parts(OUT_OF_MEMORY)
+            tab.handle_outgoing_message(tab.channels["iopub"], words)
+        if waiting := self.waiting_for(kernel_id):
+            words = waiting["buffer"].stream_parts(OUT_OF_MEMORY)
+            waiting["buffer"].append(("iopub", words))
+
+    async def cull_kernel_if_idle(self, kernel_id: str) -> None:
+        """End a kernel that is not used, or computes for nobody. Called once a minute."""
+        kernel, tabs = self.get_kernel(kernel_id), self.tabs_of(kernel_id)
+        model = self.kernel_model(kernel_id)
+        state, buffer = model["execution_state"], self.waiting_for(kernel_id).get("buffer")
+        if state == "busy" and not model["connections"]:
+            kernel.minutes_in_vain = getattr(kernel, "minutes_in_vain", -1) + 1
+        else:
+            kernel.minutes_in_vain = -1
+
+        if 0 < self.busy_minutes <= kernel.minutes_in_vain:
+            minutes = counted(self.busy_minutes, "minute")
+            words = f"computed for {minutes} while no tab was open"
+            await self.shutdown_kernel(kernel_id)
+        elif not (buffer and (buffer.first_bytes or buffer.left_out)):
+            words = f"was not used for {counted(self.cull_idle_timeout // 60, 'minute')}"
+            await super().cull_kernel_if_idle(kernel_id)
+
+        if kernel_id not in self and state != "dead":
+            model |= {"execution_state": "dead", "connections": 0}
+            model["reason"] = f"The kernel was ended: it {words}. Run your cells again."
+            with contextlib.suppress(OSError):  # a full disk
+                end_file(kernel_id).write_text(json.dumps(model))
+            for tab in tabs:
+                tab.websocket_handler.close(TRY_AGAIN)
+
+    def kernel_model(self, kernel_id: str) -> Any:
+        if kernel_id not in self:
+            with contextlib.suppress(OSError, ValueError):
+                return json.loads(end_file(kernel_id).read_text())
+        return super().kernel_model(kernel_id)
+
+
+class TerminalKeeper(Upstream):  # type: ignore[misc]
+    """A manager of terminals that ends them only if nothing runs, and says so."""
+
+    def create(self, **options: Any) -> Any:
+        """Make a terminal, such as that which a tab asks for again by its name."""
+        model = super().create(**options)
+        words = end_file(f"terminal-{model['name']}")
+        with contextlib.suppress(OSError, ValueError):
+            self.terminals[model["name"]].read_buffer.append(words.read_text())
+            words.unlink()
+        return model
+
+    def is_used(self, terminal: Any) -> bool:
+        """Say whether it has a tab, or anything but its shell runs in its session."""
+        leader = terminal.ptyproc.pid
+        for pid in psutil.pids():
+            with contextlib.suppress(ProcessLookupError):
+                if pid != leader and os.getsid(pid) == leader:
+                    return True
+        return bool(terminal.clients)
+
+    async def _cull_inactive_terminal(self, name: str) -> None:
+        terminal = self.terminals.get(name)
+        if terminal and not self.is_used(terminal):
+            await super()._cull_inactive_terminal(name)
+            if not terminal.ptyproc.isalive():
+                minutes = counted(self.cull_inactive_timeout // 60, "minute")
+                words = (
+                    f"[The terminal that was here was not used for {minutes}, and ended.]"
+                )
+                end_file(f"terminal-{name}").write_text(f"{words}\r\n")
 
 
 def student_argv(argv: Sequence[str], profile: str, debugger: bool) -> list[str]:
@@ -4274,7 +4529,9 @@ def kernel_manager(order: ServerOrder, start_path: str) -> type:
         def __str__(self) -> str:
             return self.log_message or ""
 
-    class StudentKernelManager(AsyncMappingKernelManager):
+    class StudentKernelManager(KernelKeeper, AsyncMappingKernelManager):
+        busy_minutes = order.busy_minutes
+
         async def start_kernel(self, **options: Any) -> str:  # type: ignore[override]
             options["path"] = options.get("path") or start_path
             name = options.get("kernel_name") or self.default_kernel_name
@@ -4314,6 +4571,20 @@ def kernel_manager(order: ServerOrder, start_path: str) -> type:
     return StudentKernelManager
 
 
+def tab_connection() -> type:
+    """Return the class of a tab's connection to its kernel."""
+    from jupyter_server.services.kernels.connection.channels import (
+        ZMQChannelsWebsocketConnection,
+    )
+
+    class StudentConnection(  # type: ignore[misc]
+        TabConnection, ZMQChannelsWebsocketConnection
+    ):
+        pass
+
+    return StudentConnection
+
+
 def spec_manager(order: ServerOrder) -> type:
     """Return the class that finds kernels: Python's have the student's own packages."""
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
@@ -4338,10 +4609,11 @@ def terminal_manager(order: ServerOrder) -> type:
     """Return the class that starts terminals, with the student's own packages."""
     from jupyter_server_terminals.terminalmanager import TerminalManager
 
-    class StudentTerminalManager(TerminalManager):
+    class StudentTerminalManager(TerminalKeeper, TerminalManager):
         def create(self, **options: Any) -> dict[str, Any]:
             student_python(order)
-            return super().create(**options)
+            model: dict[str, Any] = super().create(**options)
+            return model
 
     return StudentTerminalManager
 
@@ -4498,6 +4770,9 @@ def make_app(
     app.no_browser_open_file = True
     app.initialize(argv=[], new_httpserver=False)
 
+    # Jupyter forgets to say so, and takes a server for idle that has terminals alone.
+    for each in app.extension_manager.extension_apps.get("jupyter_server_terminals", ()):
+        each.terminals_available = hasattr(each, "terminal_manager")
     config_dir = Path(account.pw_dir, ".jupyter", app.config_manager.config_dir_name)
     app.config_manager.write_config_dir = str(config_dir)
     app.config_manager.read_config_path = [
@@ -5673,6 +5948,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         profile=config.profile,
         idle_seconds=config.idle_minutes * 60,
         idle_kernel_seconds=(config.idle_kernel_minutes or config.idle_minutes) * 60,
+        busy_minutes=config.busy_minutes,
         debugger=config.debugger,
         tcp_kernels=config.tcp_kernels,
         cert_file=str(certificate.cert_file),

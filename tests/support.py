@@ -52,7 +52,7 @@ SECTIONS = {
     " keep_changed ignore profile",
     "Launch": "cert_file key_file server_address web_title root_dir launch_dir start_page"
     " port list_students on_demand idle_minutes idle_kernel_minutes debugger tcp_kernels"
-    " own_packages",
+    " own_packages busy_minutes",
     "Shutdown": "storage_dir owner retrieve_limit archive_dir archive_limit",
 }
 CA_CONFIGURATION = """\
@@ -588,6 +588,7 @@ class Notebook:
         self.cookies = http.cookies.SimpleCookie()
         self.resources = contextlib.ExitStack()
         self.kernel_id = ""
+        self.session_id = uuid.uuid4().hex  # of the tab
         self.kernel_channels: websocket.WebSocket | None = None
         self.seconds = 60.0  # in which a kernel must have answered
 
@@ -656,13 +657,22 @@ class Notebook:
     def start_kernel(self, **specification: str) -> None:
         """Start a kernel (name=, path=) for the code that follows."""
         self.kernel_id = self.api("POST", "kernels", specification)["id"]
-        self.kernel_channels = self.open_websocket(f"api/kernels/{self.kernel_id}/channels")
+        self.open_tab()
 
-    def execute(self, code: str) -> str:
-        """Return what a cell with this code would show, without the last line end.
+    def open_tab(self) -> None:
+        """Connect to the kernel, always as the same tab."""
+        path = f"api/kernels/{self.kernel_id}/channels?session_id={self.session_id}"
+        self.kernel_channels = self.open_websocket(path)
 
-        Raises: ExecutionError.
-        """
+    def close_tab(self) -> None:
+        """Leave the kernel, and wait until its server knows."""
+        assert self.kernel_channels
+        self.kernel_channels.close(timeout=1)
+        path = f"kernels/{self.kernel_id}?no_track_activity=1"
+        wait_until(lambda: self.api("GET", path)["connections"] == 0, 20, "no connection")
+
+    def submit(self, code: str) -> str:
+        """Have the kernel run code, and return the id of the request."""
         if self.kernel_channels is None:
             self.start_kernel()
         channels = self.kernel_channels
@@ -677,12 +687,24 @@ class Notebook:
         request = {"channel": "shell", "header": header, "parent_header": {}}
         content = {"code": code, "silent": False, "allow_stdin": False}
         channels.send(json.dumps({**request, "metadata": {}, "content": content}))
-        output = []
-        while True:
-            message = json.loads(channels.recv())
+        return header["msg_id"]
+
+    def execute(self, code: str) -> str:
+        """Return what a cell with this code would show, without the last line end.
+
+        Raises: ExecutionError.
+        """
+        return self.output_of(self.submit(code))
+
+    def output_of(self, request: str, until: str = "") -> str:
+        """Return what a submitted cell shows until it ends, or shows these words."""
+        assert self.kernel_channels
+        output: list[str] = []
+        while not until or until not in "".join(output[-2:]):
+            message = json.loads(self.kernel_channels.recv())
             content = message["content"]
             parent = message["parent_header"] or {}  # xeus says null
-            if parent.get("msg_id") != header["msg_id"]:
+            if parent.get("msg_id") != request:
                 continue
             match message["msg_type"]:
                 case "stream":
@@ -692,7 +714,8 @@ class Notebook:
                 case "error":
                     raise ExecutionError("\n".join(content["traceback"]))
                 case "status" if content["execution_state"] == "idle":
-                    return "".join(output).removesuffix("\n")
+                    break
+        return "".join(output).removesuffix("\n")
 
     def execute_in_terminal(self, command: str) -> str:
         """Return what a command prints in a new terminal of the server's."""

@@ -76,6 +76,7 @@ def test_an_empty_file_gives_the_defaults_beside_it(tmp_path: Path) -> None:
         on_demand=False,
         idle_minutes=0,
         idle_kernel_minutes=0,
+        busy_minutes=0,
         debugger=False,
         tcp_kernels=True,
         own_packages=True,

@@ -1,44 +1,135 @@
-"""Servers that nobody uses end, and come back; what computes is left alone."""
+"""What nobody uses ends, comes back, and says so; what works is left alone."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 
+import psutil
 import pytest
+import websocket
 
-from conftest import CourseMaker
-from support import fetch, is_ours, wait_until
+from support import Course, Notebook, fetch, is_ours, title_of, wait_until
 
 pytestmark = pytest.mark.root
 
+LOOP = "import time\nwhile True: time.sleep(1)"
 
-def test_an_idle_server_ends_and_the_next_visit_brings_it_back(
-    make_course: CourseMaker,
-) -> None:
-    course = make_course(3, idle_minutes=1)
-    course.check("setup")
-    course.check("send")
-    launch = course.launch().wait_ready()
-    idle, busy, _ = course.students
-    notebook, computing = course.notebook(idle), course.notebook(busy)
-    model = {"type": "file", "format": "text", "content": "kept"}
-    notebook.api("PUT", "contents/kept.txt", model)
-    computing.execute("import time")
-    assert computing.kernel_channels
-    header = {"msg_id": "1", "msg_type": "execute_request", "session": "1"}
-    request = {
-        "channel": "shell",
-        "header": {**header, "username": "", "version": "5.3"},
-        "parent_header": {},
-        "metadata": {},
-        "content": {"code": "while True: time.sleep(1)", "silent": False},
-    }
-    computing.kernel_channels.send(json.dumps(request))
-    ending = [course.server(x) for x in course.students if x != busy]
-    wait_until(lambda: not any(map(is_ours, ending)), 240, "the end of idle servers")
-    assert [x for x in course.processes() if x.username() != busy] == []
-    (kernel,) = computing.api("GET", "kernels")
-    assert kernel["execution_state"] == "busy"
-    assert f"{idle}: stopped" in launch.output and "Traceback" not in launch.output
-    response = fetch(f"{course.url}{idle}", context=course.context())
-    assert response.headers["Location"] == course.notebook_url(idle)
-    content = course.notebook(idle).api("GET", "contents/kept.txt")["content"]
+
+class Evening:
+    """A course in which each student has left something else, minutes later."""
+
+    def __init__(self, course: Course):
+        self.course = course
+        (launch,) = course.launches
+        self.launch = launch
+        self.away, self.idle, self.open, self.in_vain, self.unread, self.busy = (
+            course.notebook(username) for username in course.students
+        )
+        model = {"type": "file", "format": "text", "content": "kept"}
+        self.away.api("PUT", "contents/kept.txt", model)
+        self.idle.execute("1")
+        self.open.submit(LOOP)
+        self.in_vain.submit(LOOP)
+        self.result = self.unread.submit("import time; time.sleep(3); print('a result')")
+        for notebook in (self.in_vain, self.unread):
+            wait_until(lambda x=notebook: state_of(x) == "busy", 30, "work")  # type: ignore[misc]
+            notebook.close_tab()
+
+        self.busy.execute_in_terminal("(sleep 1000 &)")
+        self.busy.resources.close()
+        terminals = self.processes(self.busy, "-l")
+        self.busy.api("POST", "terminals")
+        away, *_ = course.students
+        self.ending = [
+            course.server(away),
+            *self.processes(self.idle, "ipykernel_launcher"),
+            *self.processes(self.in_vain, "ipykernel_launcher"),
+            *{*self.processes(self.busy, "-l")} - {*terminals},
+        ]
+        assert len(self.ending) == 4
+
+    def processes(self, notebook: Notebook, word: str) -> list[psutil.Process]:
+        """Return the children of a server with this word in their command line."""
+        username = notebook.url.split("/")[-2]
+        children = self.course.server(username).children()
+        return [child for child in children if word in title_of(child).split()[-4:]]
+
+    def has_come(self) -> bool:
+        """Say whether all has ended that should. Meanwhile a tab answers pings."""
+        assert self.open.kernel_channels
+        self.open.kernel_channels.settimeout(0.01)
+        with contextlib.suppress(websocket.WebSocketTimeoutException):
+            self.open.kernel_channels.recv()
+        return not any(map(is_ours, self.ending))
+
+
+def state_of(notebook: Notebook) -> str:
+    model = notebook.api("GET", f"kernels/{notebook.kernel_id}?no_track_activity=1")
+    return str(model["execution_state"])
+
+
+@pytest.fixture(scope="module")
+def evening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evening]:
+    directory = tmp_path_factory.mktemp("course")
+    with Course(directory, 6, idle_minutes=1, busy_minutes=1) as course:
+        course.check("setup")
+        course.check("send")
+        course.launch().wait_ready()
+        evening = Evening(course)
+        wait_until(evening.has_come, 240, "the end of what is idle")
+        yield evening
+
+
+def test_an_idle_server_ends_and_the_next_visit_brings_it_back(evening: Evening) -> None:
+    course, away = evening.course, evening.course.students[0]
+    assert f"{away}: stopped" in evening.launch.output
+    assert "Traceback" not in evening.launch.output
+    response = fetch(f"{course.url}{away}", context=course.context())
+    assert response.headers["Location"] == course.notebook_url(away)
+    content = course.notebook(away).api("GET", "contents/kept.txt")["content"]
     assert content == "kept"
+
+
+def test_a_kernel_that_computes_for_an_open_tab_runs_on(evening: Evening) -> None:
+    assert state_of(evening.open) == "busy"
+
+
+def test_a_kernel_whose_output_no_tab_has_shown_stays(evening: Evening) -> None:
+    evening.unread.open_tab()
+    assert evening.unread.output_of(evening.result) == "a result"
+
+
+def test_a_tab_is_told_why_its_idle_kernel_was_ended(evening: Evening) -> None:
+    assert evening.idle.kernel_channels
+    with pytest.raises(websocket.WebSocketConnectionClosedException):
+        while evening.idle.kernel_channels.recv():
+            pass
+    model = evening.idle.api("GET", f"kernels/{evening.idle.kernel_id}")
+    assert model["execution_state"] == "dead"
+    assert "was not used for 1 minute" in model["reason"]
+
+
+def test_a_tab_is_told_that_its_kernel_computed_for_nobody(evening: Evening) -> None:
+    """By the next server of this student."""
+    course, username = evening.course, evening.course.students[3]
+    server = course.server(username)
+    server.terminate()
+    wait_until(lambda: not is_ours(server), 20, "the end of a server")
+    notebook = course.notebook(username)
+    notebook.kernel_id = evening.in_vain.kernel_id
+    assert state_of(notebook) == "dead"
+    reason = notebook.api("GET", f"kernels/{notebook.kernel_id}")["reason"]
+    assert "computed for 1 minute while no tab was open" in reason
+    assert notebook.api("GET", "kernels") == []
+
+
+def test_a_terminal_in_which_something_runs_stays_and_another_ends(
+    evening: Evening,
+) -> None:
+    terminals = evening.busy.api("GET", "terminals")
+    assert [each["name"] for each in terminals] == ["1"]
+    assert evening.busy.api("POST", "terminals", {"name": "2"})["name"] == "2"
+    channel = evening.busy.open_websocket("terminals/websocket/2")
+    shown = ""
+    while "was not used for 1 minute" not in shown:
+        shown += json.loads(channel.recv())[-1] or ""
