@@ -318,7 +318,7 @@ def test_jupyters_commands_know_the_course_and_the_students_packages(
     }
     content = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
     run_as(student, "sh", "-c", "cat >own.ipynb", input=json.dumps(content), check=True)
-    command = "jupyter nbconvert --execute --to html own.ipynb"
+    command = "cd; jupyter nbconvert --execute --to html own.ipynb"
     notebook.execute_in_terminal(command)
     assert "<pre>594</pre>" in (course.home(student) / "own.html").read_text()
 
