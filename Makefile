@@ -8,6 +8,7 @@
 #   make test        install what tests need, then check, all tests, and their coverage
 #   make check       ruff, mypy and radon alone
 #   make bench       measure what servers cost, beside plain ones and JupyterHub
+#   make upstream    run jupyter_server's own tests against a student's server and a plain one
 #   make clean       delete what building and testing leave in this directory
 #
 # The environments lie in /opt and are made by the system's Python, because the servers
@@ -29,6 +30,7 @@ PACKAGE = .
 LINK = /usr/local/bin/notebooks.py
 TEST_PREFIX = /opt/notebooks-test
 BENCH_PREFIX = /opt/notebooks-bench
+UPSTREAM_PREFIX = /opt/notebooks-upstream
 NBGRADER_PREFIX = /opt/notebooks-nbgrader
 KERNELS_PREFIX = /opt/notebooks-kernels
 EXTENSIONS_PREFIX = /opt/notebooks-extensions
@@ -54,7 +56,7 @@ BUILD_FILES = build dist *.egg-info
 .SILENT:
 SHELL = /bin/sh
 .SHELLFLAGS = -euc
-.PHONY: help install upgrade demo stop-demo undo-demo test check bench clean root test-packages
+.PHONY: help install upgrade demo stop-demo undo-demo test check bench upstream clean root test-packages
 
 help:
 	sed -n '/^#   make/s/^#   //p' Makefile
@@ -346,6 +348,23 @@ $(BENCH_PREFIX)/installed: Makefile
 bench: $(TEST_PREFIX)/installed $(BENCH_PREFIX)/installed
 	BENCH_PREFIX=$(BENCH_PREFIX) PYTHONPATH=. $(TEST_PREFIX)/bin/python tests/benchmark.py \
 	    $(STUDENTS) --ours $(OURS) --herd $(HERD) --lesson $(LESSON)
+
+$(UPSTREAM_PREFIX)/installed: setup.cfg
+	umask 022
+	$(PYTHON) -m venv $(UPSTREAM_PREFIX)
+	$(UPSTREAM_PREFIX)/bin/pip install --quiet --disable-pip-version-check '.[test]' \
+	    'jupyter_server[test]'
+	rm -rf $(BUILD_FILES)
+	touch $@
+
+upstream: $(UPSTREAM_PREFIX)/installed
+	source=$$(mktemp -d /tmp/notebooks-upstream.XXXXXX)
+	trap 'rm -rf $$source' EXIT
+	version=$$($(UPSTREAM_PREFIX)/bin/python -c \
+	    'import jupyter_server; print(jupyter_server.__version__)')
+	$(UPSTREAM_PREFIX)/bin/pip download --quiet --disable-pip-version-check --no-deps \
+	    --no-binary :all: --dest $$source jupyter_server==$$version
+	$(UPSTREAM_PREFIX)/bin/python tests/upstream.py $$source/*.tar.gz
 
 clean:
 	rm -rf $(BUILD_FILES) .coverage* .mypy_cache .pytest_cache htmlcov

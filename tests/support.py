@@ -90,9 +90,9 @@ def wait_until(predicate: Callable[[], Value], seconds: float, what: str) -> Val
 
 
 def command_line(
-    arguments: tuple[object, ...], script: Path, python: str = sys.executable
+    arguments: tuple[object, ...], script: Path, python: str = ""
 ) -> list[str]:
-    return [python, str(script), *map(str, arguments)]
+    return [python or sys.executable, str(script), *map(str, arguments)]
 
 
 def run(
@@ -330,7 +330,7 @@ class Launch:
         *options: object,
         script: Path = NOTEBOOKS,
         env: Mapping[str, str] | None = None,
-        python: str = sys.executable,
+        python: str = "",
     ):
         self.log = config.with_name(f"launch-{secrets.token_hex(4)}.log")
         with self.log.open("wb") as log:
