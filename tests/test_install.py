@@ -197,7 +197,7 @@ def make_environment(directory: Path) -> Path:
 def test_launch_names_closed_packages_and_keeps_to_its_version(
     make_course: CourseMaker, reachable: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    course = make_course(1)
+    course = make_course(1, own_packages="no")
     link = make_environment(reachable)
     (site,) = link.glob("lib/*/site-packages")
     for name in ("cowsay", "cowsay-6.1.dist-info"):
