@@ -3333,6 +3333,7 @@ def clear_empty_runtime_dir() -> None:
 # them.
 
 SERVER_TITLE = "notebooks.py: notebook server of "  # what ps shows, and NAME in FILE.cfg
+SERVER_NAME = SERVER_TITLE[:15]  # as much of it as `read_name` returns
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 10.0  # how long processes that keep forking are fought
 MAX_ARGV_BYTES = 1 << 14
@@ -3453,7 +3454,7 @@ def family_of(
             pid = process.pid
             relatives[process] = {pid, process.ppid(), os.getsid(pid)}
             # A server that has just started, when the roots had been looked for.
-            if read_name(pid) == SERVER_TITLE[:15] and pid not in spared:
+            if read_name(pid) == SERVER_NAME and pid not in spared:
                 known.add(pid)
 
     # Each round finds one more generation.
@@ -5286,6 +5287,8 @@ kernels, wherever they are open. It needs ten characters at least.</p>
 </form>
 """
 
+MAX_TRIES = 30  # of passwords that wait for their turn
+BUSY = "Too many want a new password just now: try again in a minute."
 WHO_ARE_YOU = "Who are you? The address leads to your own notebook."
 STARTING = (
     "Your notebook is being started. This page goes on to it by itself; if it has not"
@@ -5331,8 +5334,11 @@ class Webserver(Helper):
         # Strangers talk to it, and may have taken it over: one wish at a time, of text.
         is_busy = self.task is not None and not self.task.done()
         is_text = {str} == {*map(type, vars(message).values())}
-        if isinstance(message, NewPassword) and is_text and not is_busy:
-            self.task = asyncio.get_running_loop().create_task(self.change(message))
+        if isinstance(message, NewPassword) and is_text:
+            if is_busy:  # with what an earlier webserver has asked
+                self.tell(NewPassword(message.username, "", "", BUSY))
+            else:
+                self.task = asyncio.get_running_loop().create_task(self.change(message))
 
 
 def content_security_policy() -> str:
@@ -5484,9 +5490,12 @@ async def serve_page(
     from tornado import httpserver, iostream, tcpserver, web
 
     turn, answers = asyncio.Lock(), asyncio.Queue[NewPassword]()
+    places = asyncio.Semaphore(MAX_TRIES)
 
     async def ask(wish: NewPassword) -> str:
-        async with turn:
+        if places.locked():
+            return BUSY
+        async with places, turn:
             channel.send_message(wish, wait=False)
             while (back := await answers.get()).username != wish.username:
                 pass  # an earlier webserver has asked for that
@@ -5722,6 +5731,7 @@ def ensure_capacity(course: Course) -> None:
 
 SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
 MEMORY_SECONDS = 5  # between two looks at what all processes hold
+WRONG_PASSWORD = "User name or password are wrong."
 GUESS_SECONDS = 1.0  # for each try of a password, one at a time, whoever sends them
 # Every encoding of a list has these characters; no spreadsheet takes them for a formula.
 GOOD_PASSWORD = re.compile(r"(?![=+@-])[!-~][ -~]{8,98}[!-~]")
@@ -6176,11 +6186,14 @@ class Launcher:
             server = self.write_password(wish)
             log.info("%s: has a new password", wish.username)
             if server.process:
-                known = {server.member.uid: {server.process.pid}}
-                await asyncio.to_thread(end_families, known)
+                uid, pid = server.member.uid, server.process.pid
+                every = processes_by_uid([uid])[uid]
+                # Of other courses.
+                spared = {x.pid for x in every if read_name(x.pid) == SERVER_NAME} - {pid}
+                await asyncio.to_thread(end_families, {uid: {pid}}, spared)
             answer = "Your password is changed."
 
-        except (Error, OSError) as error:
+        except Exception as error:  # whatever it is, the student must have an answer
             answer = explain(error)
             if type(error) is not Error:  # it names our files
                 log.warning("%s: no new password: %s", wish.username, answer)
@@ -6194,15 +6207,18 @@ class Launcher:
         Returns: the server, which has the old one. Raises: Error, for the student;
         UsageError or OSError.
         """
-        roster, username = Roster(self.context.config.user_list), wish.username
+        server, username = self.servers.get(wish.username), wish.username
+        if not server:  # no log shows what a stranger has typed
+            raise Error(WRONG_PASSWORD)
+
+        roster = Roster(self.context.config.user_list)
         with roster.locked():
-            server = self.servers.get(username)
             known = {each.username: each.nb_pass for each in roster.students}
             old = known.get(username, "").encode()
             # In constant time, which does not tell how much of it is right.
             is_right = hmac.compare_digest(old, wish.old.encode(errors="replace"))
-            if not (server and old and is_right):
-                raise Error("User name or password are wrong.")
+            if not (old and is_right):
+                raise Error(WRONG_PASSWORD)
 
             if not GOOD_PASSWORD.fullmatch(wish.new) or username in wish.new:
                 raise Error(

@@ -1,9 +1,12 @@
 """A student's own notebook password: asked for on the page, written into the list."""
 
 import asyncio
+import concurrent.futures
+import contextlib
 import fcntl
 import http.client
 import socket
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +109,61 @@ def test_while_the_list_is_in_use_a_student_has_to_wait(course: Course) -> None:
     assert course.rows()[username]["nb-pass"] == old
     assert CHANGED in ask(course, username, old, "a new password")
     wait_until(lambda: not course.servers(username), 20, "the end of the old server")
+
+
+def test_another_course_of_a_student_goes_on(course: Course, tmp_path: Path) -> None:
+    username = course.students[0]
+    with Course(tmp_path, 1) as other:
+        other.write_students([{"username": username, "name": "N", "surname": "S"}])
+        other.check("setup")
+        other.launch().wait_ready()
+        course.notebook(username)
+        notebook = other.notebook(username)
+        notebook.execute("x = 42")
+        before, theirs = course.server(username), other.server(username)
+        old = course.rows()[username]["nb-pass"]
+        assert CHANGED in ask(course, username, old, "another password")
+        assert not before.is_running()
+        assert other.server(username) == theirs
+        assert notebook.execute("x") == "42"
+
+
+def test_who_is_no_student_is_not_in_the_log(course: Course) -> None:
+    with course.user_list.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        page = ask(course, "eve\x1b]0;title\a", "", "a new password")
+    assert "User name or password are wrong." in page
+    assert "eve" not in course.launches[0].output
+
+
+def test_the_form_answers_after_a_flood_and_a_slow_end(course: Course) -> None:
+    username, other = course.students
+    notebook = course.notebook(username)
+    notebook.execute("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    notebook.execute("import subprocess; sleep = subprocess.Popen(['sleep', '99'])")
+    old = course.rows()[username]["nb-pass"]
+
+    pages = []
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        change = pool.submit(ask, course, username, old, "a slow password")
+        wait_until(lambda: course.rows()[username]["nb-pass"] != old, 10, "the change")
+        tries = [pool.submit(ask, course, other, "", "a new password") for _ in range(45)]
+        time.sleep(1)
+        course.launches[0].helper("webserver").kill()
+        for each in (change, *tries):
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                pages.append(each.result())
+    assert [page for page in pages if "Too many" in page]
+
+    # The launcher is still about the first.
+    course.launches[0].helper("webserver")
+    wait_until(lambda: answers(course, other), 30, "an answer of another webserver")
+
+
+def answers(course: Course, username: str) -> bool:
+    with contextlib.suppress(ConnectionError, http.client.HTTPException):
+        return "are wrong" in ask(course, username, "", "a new password")
+    return False
 
 
 def test_a_webserver_that_was_taken_over_gets_one_try_at_a_time(tmp_path: Path) -> None:
