@@ -5990,6 +5990,14 @@ async def watch_start(terminal_fd: int, url: str) -> None:
         raise Error(f"the server did not start, {reason}: {printable(words)[-500:]}")
 
 
+def is_password_of(roster: Roster, username: str, password: str) -> bool:
+    """Say whether it is the notebook password, in a time that does not tell how much."""
+    passwords = {each.username: each.nb_pass for each in roster.students}
+    known = passwords.get(username, "").encode()
+    given = password.encode(errors="replace")
+    return known != b"" and hmac.compare_digest(known, given)
+
+
 class Launcher:
     """Owns the servers of a course and both helpers; reloads, and shows the status."""
 
@@ -6210,22 +6218,20 @@ class Launcher:
         server, username = self.servers.get(wish.username), wish.username
         if not server:  # no log shows what a stranger has typed
             raise Error(WRONG_PASSWORD)
-
         roster = Roster(self.context.config.user_list)
-        with roster.locked():
-            known = {each.username: each.nb_pass for each in roster.students}
-            old = known.get(username, "").encode()
-            # In constant time, which does not tell how much of it is right.
-            is_right = hmac.compare_digest(old, wish.old.encode(errors="replace"))
-            if not (old and is_right):
-                raise Error(WRONG_PASSWORD)
+        # Before it is locked, or who tries passwords would stop commands of the teacher's.
+        if not is_password_of(roster, username, wish.old):
+            raise Error(WRONG_PASSWORD)
+        if not GOOD_PASSWORD.fullmatch(wish.new) or username in wish.new:
+            raise Error(
+                "Type a new password twice in the same way: 10 to 100 letters, digits and"
+                " signs of an English keyboard, without your user name; it must not begin"
+                " with = + - or @."
+            )
 
-            if not GOOD_PASSWORD.fullmatch(wish.new) or username in wish.new:
-                raise Error(
-                    "Type a new password twice in the same way: 10 to 100 letters, digits"
-                    " and signs of an English keyboard, without your user name; it must not"
-                    " begin with = + - or @."
-                )
+        with roster.locked():
+            if not is_password_of(roster, username, wish.old):  # it has been read again
+                raise Error(WRONG_PASSWORD)
             if server.state is ServerState.STARTING:
                 raise Error("Your notebook is just being started: try again in a minute.")
 

@@ -128,6 +128,14 @@ def test_another_course_of_a_student_goes_on(course: Course, tmp_path: Path) -> 
         assert notebook.execute("x") == "42"
 
 
+def test_who_tries_passwords_does_not_lock_the_list(course: Course) -> None:
+    username = course.students[1]
+    with course.user_list.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        page = ask(course, username, "a wrong password", "a new password")
+    assert "User name or password are wrong." in page
+
+
 def test_who_is_no_student_is_not_in_the_log(course: Course) -> None:
     with course.user_list.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
