@@ -5277,7 +5277,7 @@ FORM = """<form action="{action}" method="get">
 # No user name begins with a hyphen.
 PASSWORD_PATH = "-password"
 PASSWORD_FORM = f"""<p>Save your work first: a new password ends your notebook and its
-kernels, wherever they are open. It needs ten characters at least.</p>
+kernels, wherever they are open. The new one needs ten characters at least.</p>
 <form action="/{PASSWORD_PATH}" method="post">
 <input name="username" placeholder="User name" autocomplete="username" required>
 <input name="old" type="password" placeholder="Notebook password so far" required>
@@ -5286,6 +5286,8 @@ kernels, wherever they are open. It needs ten characters at least.</p>
 <button>Change it</button>
 </form>
 """
+CHANGED = "Your password is changed. Log in with the new one, in tabs that are open, too."
+TO_THE_NOTEBOOK = '<p><a href="/">To the page of the course</a></p>'
 
 MAX_TRIES = 30  # of passwords that wait for their turn
 BUSY = "Too many want a new password just now: try again in a minute."
@@ -5470,8 +5472,8 @@ def password_handler(page_handler: Any) -> type:
             username, old, new, again = (self.get_body_argument(x, "") for x in names)
             new *= new == again  # none is refused
             answer = await self.settings["ask"](NewPassword(username, old, new))
-            title = self.settings["site"].title
-            await self.finish(make_page(title, PASSWORD_FORM, answer))
+            form = TO_THE_NOTEBOOK if answer == CHANGED else PASSWORD_FORM
+            await self.finish(make_page(self.settings["site"].title, form, answer))
 
     return PasswordHandler
 
@@ -5731,7 +5733,7 @@ def ensure_capacity(course: Course) -> None:
 
 SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
 MEMORY_SECONDS = 5  # between two looks at what all processes hold
-WRONG_PASSWORD = "User name or password are wrong."
+WRONG_PASSWORD = "The user name or the old password is wrong."
 GUESS_SECONDS = 1.0  # for each try of a password, one at a time, whoever sends them
 # Every encoding of a list has these characters; no spreadsheet takes them for a formula.
 GOOD_PASSWORD = re.compile(r"(?![=+@-])[!-~][ -~]{8,98}[!-~]")
@@ -6199,7 +6201,7 @@ class Launcher:
                 # Of other courses.
                 spared = {x.pid for x in every if read_name(x.pid) == SERVER_NAME} - {pid}
                 await asyncio.to_thread(end_families, {uid: {pid}}, spared)
-            answer = "Your password is changed."
+            answer = CHANGED
 
         except Exception as error:  # whatever it is, the student must have an answer
             answer = explain(error)

@@ -52,7 +52,7 @@ class Evening:
         """Return the children of a server with this word in their command line."""
         username = notebook.url.split("/")[-2]
         children = self.course.server(username).children()
-        return [child for child in children if word in title_of(child).split()[-4:]]
+        return [child for child in children if word in title_of(child)]
 
     def has_come(self) -> bool:
         """Say whether all has ended that should. Meanwhile a tab answers pings."""

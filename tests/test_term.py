@@ -985,7 +985,9 @@ def test_the_last_part_may_be_the_students_name(feedback: Course) -> None:
     assert read(feedback, name, f"{name}/ps1/ps1.html") == f"the score of {name}"
     feedback.launch().wait_ready()
     notebook = feedback.notebook(name)
-    assert [each["name"] for each in notebook.api("GET", "contents")["content"]] == ["ps1"]
+    content = notebook.api("GET", f"contents/{name}")["content"]
+    assert [each["name"] for each in content] == ["ps1"]
+    assert notebook.fetch("").headers["Location"].endswith(f"/tree/{name}")
 
 
 def test_nobody_is_led_to_somebody_elses_directory(feedback: Course) -> None:
