@@ -4599,7 +4599,7 @@ def spec_manager(order: ServerOrder) -> type:
             program = COURSE_BIN / spec.argv[0]  # or the latter, if that is a path
             if program.parent == COURSE_BIN and program.name.startswith("python"):
                 spec.argv[0] = student_python(order)
-            if not order.debugger:  # the front end shows no button for it
+            if not order.debugger:  # JupyterLab greys out its button
                 spec.metadata = {**spec.metadata, "debugger": False}
             return spec
 
@@ -5286,7 +5286,7 @@ kernels, wherever they are open. The new one needs ten characters at least.</p>
 <button>Change it</button>
 </form>
 """
-CHANGED = "Your password is changed. Log in with the new one, in tabs that are open, too."
+CHANGED = "Your password is changed. Log in with the new one; open tabs can save then."
 TO_THE_NOTEBOOK = '<p><a href="/">To the page of the course</a></p>'
 
 MAX_TRIES = 30  # of passwords that wait for their turn
