@@ -3901,6 +3901,7 @@ EXPORT_SECONDS = 120.0
 KERNEL_SECONDS = 120.0  # in which a kernel must open its sockets; Java's is slow to start
 KERNEL_LOOK_SECONDS = 1.0  # between two looks at a kernel that has not answered
 KERNEL_PORTS = 5  # of a kernel that serves TCP
+SILENT = "it does not answer"
 
 # What `python -c` runs in the place of a Python kernel's module: it hides debugpy, and no
 # file in the working directory stands in for a module meanwhile.
@@ -4406,11 +4407,14 @@ def student_argv(argv: Sequence[str], profile: str, debugger: bool) -> list[str]
 
 
 def kernel_transports(spec: Any, tcp_kernels: bool) -> list[str]:
-    """Return the transports to try with a kernel that has not come up yet, in order."""
+    """Return the transports to try with a kernel that has not come up yet, in order.
+
+    One that ends may have ended for another reason, such as a full disk: ipc has two tries.
+    """
     wish, is_python = spec.metadata.get("transport"), "ipykernel" in " ".join(spec.argv)
     if not tcp_kernels or wish == "ipc" or (is_python and wish != "tcp"):
-        return ["ipc"]
-    return ["tcp"] if wish == "tcp" else ["ipc", "tcp"]
+        return ["ipc", "ipc"]
+    return ["tcp"] if wish == "tcp" else ["ipc", "ipc", "tcp"]
 
 
 def bound_transport(kernel: Any) -> str:
@@ -4449,7 +4453,7 @@ async def hear_kernel(kernel: Any, is_last: bool, seconds: float = KERNEL_SECOND
                 break
             # JeroMQ, the library of kernels in Java, opens ports for unix sockets.
             if is_late or bound not in ("", kernel.transport):
-                return "it does not answer"
+                return SILENT
         return ""
     finally:
         answer.cancel()
@@ -4539,7 +4543,10 @@ def kernel_manager(order: ServerOrder, start_path: str) -> type:
             manager: Any = self.kernel_spec_manager
             spec, known = manager.get_kernel_spec(name), name in transports
             tried = kernel_transports(spec, order.tcp_kernels)
+            silent = ""
             for transport in [transports[name]] if known else tried:
+                if transport == silent:
+                    continue
                 try:
                     kernel_id = await super().start_kernel(transport=transport, **options)
                 except OSError as error:
@@ -4550,6 +4557,7 @@ def kernel_manager(order: ServerOrder, start_path: str) -> type:
                 if not reason:
                     transports[name] = transport
                     return kernel_id
+                silent = transport if reason == SILENT else ""
                 await self.shutdown_kernel(kernel_id, now=True)  # type: ignore[no-untyped-call]
 
             hint = "" if order.tcp_kernels else "; perhaps it needs TCP (tcp_kernels = no)"
@@ -4719,7 +4727,9 @@ def leave_session_keyring() -> None:
         raise OSError(ctypes.get_errno(), "keyctl: cannot join a session keyring")
 
 
-def become_server(old_home: OldHome, order: ServerOrder, fds: Sequence[int]) -> None:
+def become_server(
+    old_home: OldHome, without: Collection[str], order: ServerOrder, fds: Sequence[int]
+) -> None:
     """Become the student for good, and serve until SIGTERM. Step 6 of a start."""
     listener_fd, terminal_fd = fds
     with closing(terminal_fd):
@@ -4747,7 +4757,7 @@ def become_server(old_home: OldHome, order: ServerOrder, fds: Sequence[int]) -> 
     old_home.move(account.pw_dir)
     said = StartOutput()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        app = make_app(order, account)
+        app = make_app(order, account, without)
     os.chdir(account.pw_dir)  # not the start directory, which the student may replace
     serve(app, context, socket.socket(fileno=listener_fd), said)
 
@@ -4890,6 +4900,7 @@ class Trial(Message):
     """Which extensions there are, what they import, and what went wrong with them."""
 
     extensions: list[str]
+    useless: list[str]  # of these
     modules: list[str]
     failures: list[str]
 
@@ -5142,7 +5153,7 @@ def preload_server() -> Callable[..., None]:
     logging.disable(logging.CRITICAL)  # till the end of the rehearsal
     rehearse_start(home, without=trial.extensions)
 
-    become = functools.partial(become_server, OldHome(str(home)))
+    become = functools.partial(become_server, OldHome(str(home)), trial.useless)
     shutil.rmtree(home)
     release_memory()
     gc.freeze()  # a collection writes into each object, and unshares its page
@@ -5184,7 +5195,13 @@ def report_trial(channel: Channel, home: Path) -> None:
     app = rehearse_start(home)
     extensions = [name for name in app.jpserver_extensions if name not in REHEARSED]
     modules = [name for name in sys.modules if name not in known]
-    channel.send_message(Trial(extensions, modules, failures))
+
+    # Where there are no language servers, each start would look for them in vain.
+    manager = getattr(app, "language_server_manager", None)
+    if manager:
+        manager.initialize()
+    useless = ["jupyter_lsp"] if manager and not manager.language_servers else []
+    channel.send_message(Trial(extensions, useless, modules, failures))
 
 
 def search_installation_only() -> None:

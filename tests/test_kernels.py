@@ -216,7 +216,7 @@ def test_why_a_kernel_does_not_start_is_told(course: Course, notebook: Notebook)
         "The kernel ends cannot be started: it ended"
     )
     log = course.home(course.students[0]) / ".notebooks.log"
-    assert log.read_text().count("sorry") == 2  # with either transport
+    assert log.read_text().count("sorry") == 3  # twice, and with TCP
     starts = log.read_text().count("Kernel started: ")
     assert "it ended" in refusal(notebook, "broken")
     assert log.read_text().count("Kernel started: ") == starts + 1  # Python's needs no TCP
