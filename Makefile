@@ -305,7 +305,7 @@ $(KERNELS_PREFIX)/installed:
 	bin/python -m bash_kernel.install --sys-prefix
 	HOME=$(KERNELS_PREFIX) bin/deno jupyter --install
 	cp -R .local/share/jupyter/kernels/deno share/jupyter/kernels/
-	sed -i 's|"python[0-9.]*"|"$(KERNELS_PREFIX)/bin/python"|' \
+	sed -i '/"language"/!s|"python[0-9.]*"|"$(KERNELS_PREFIX)/bin/python"|' \
 	    share/jupyter/kernels/xpython*/kernel.json
 	touch $@
 
