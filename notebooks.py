@@ -101,7 +101,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import mimetypes
 import os
@@ -3860,17 +3859,13 @@ def make_page(title: str, body: str, message: str = "") -> str:
     return PAGE.format(title=html.escape(title), style=STYLE, body=body)
 
 
-# == Launch 1: the notebook server of a student ============================================
+# == Launch 1: kernels, terminals and packages of a student ================================
 #
-# All of this runs in a fork of the template process, which becomes the student before it
-# reads anything of theirs. The fork holds the certificate's key. The student cannot trace
-# it or read its memory, since it changed its ids without an exec; so no code of the
-# student's may ever run in it: no configuration, no extension, no template.
+# What a student's server adds to Jupyter's managers of kernels and terminals, and to tabs'
+# connections. These classes are imported in template processes only: ours, whose base is
+# `Upstream`, are put on top of them by `student_class`.
 
-SERVER_LOG = ".notebooks.log"  # in the student's home
-IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
 CULL_SECONDS = 60  # between two looks at what is idle
-NEVER_SECONDS = 100 * 365 * 24 * 3600
 FIRST_BYTES = LAST_BYTES = 2 << 20  # of a kernel's output, while its tab does not read
 PIECE_BYTES = 1 << 16  # of text that is kept or left out as one
 OUT_OF_MEMORY = (
@@ -3879,24 +3874,6 @@ OUT_OF_MEMORY = (
 )
 Upstream: Any = object  # a class of Jupyter's, which comes after ours in the order of bases
 TRY_AGAIN = 1012  # has a tab ask about its kernel when its WebSocket is closed: RFC 6455
-MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
-OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score_adj
-
-# Where keyctl(2) joins a session keyring, by processor: <asm/unistd.h>.
-KEYCTL_JOIN_SESSION_KEYRING = 1
-SYS_KEYCTL = {"x86_64": 250, "i386": 288, "arm": 311, "powerpc64le": 271, "s390x": 280}
-SYS_KEYCTL |= {"mips64el": 5241, "aarch64": 219, "riscv64": 219, "loongarch64": 219}
-
-# Programs of the course, and those that look for their files beside the course's Python.
-COURSE_BIN = Path(sys.executable).parent
-COURSE_ALONE = ("jupyter-lab", "jupyter-notebook", "jupyter-server", "notebooks.py")
-
-# What the menu *Save and export as* offers.
-EXPORTS = (
-    *("asciidoc", "html", "latex", "markdown", "notebook", "pdf", "python", "rst"),
-    *("script", "slides", "webpdf"),
-)
-EXPORT_SECONDS = 120.0
 
 KERNEL_SECONDS = 120.0  # in which a kernel must open its sockets; Java's is slow to start
 KERNEL_LOOK_SECONDS = 1.0  # between two looks at a kernel that has not answered
@@ -3911,37 +3888,9 @@ KERNEL_WITHOUT_DEBUGGER = (
     " runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
 )
 
-# It asks whether to fetch news, of which `news_url` leaves none.
-NEWS_PLUGIN = "@jupyterlab/apputils-extension:announcements"
-
-# The log-in and the log-out page: a template (Jinja, which escapes what it is given).
-# Visitors may know this host by another name than we do: then the link takes theirs.
-LOG_IN_PAGE = make_page(
-    "{{ order.title }}",
-    """{% set is_out = message and message.info %}
-{% if message and message.error %}<p class="message" role="alert">That was not the password
-of this notebook. Is the Caps Lock key on? Is the name below yours?</p>{% endif %}
-<p>{{ "You have logged out of the" if is_out else "The" }} notebook of
-{% if order.name %}<strong>{{ order.name }}</strong>, {% endif -%}
-<code>{{ order.username }}</code>.
-<a href="{{ order.page_url }}"{% if order.any_host %}
- onclick="this.hostname = location.hostname"{% endif %}>
-{{ "To the page of the course" if is_out else "Not yours? Find your own." }}</a></p>
-{% if is_out %}<p><a href="{{ base_url }}login">Log in again</a></p>
-{% else %}<form action="{{ base_url }}login?next={{ next }}" method="post">
-{{ xsrf_form_html() | safe }}
-<input name="username" value="{{ order.username }}" autocomplete="username" hidden>
-<input name="password" type="password" aria-label="Notebook password" required autofocus
- placeholder="Notebook password" autocomplete="current-password">
-<button>Log in</button></form>
-<p>It asks for the password of the notebook, not for that of the account.
-<a href="{{ order.page_url }}-password"{% if order.any_host %}
- onclick="this.hostname = location.hostname"{% endif %}>Change it</a></p>{% endif %}
-""",
-)
-
-# A terminal that nobody gave a directory is in the home, where the server is.
-TERMINAL_SHELL = "/bin/sh", "-c", '[ . -ef "$HOME" ] && cd "$0" 2>/dev/null; exec "$@"'
+# Programs of the course, and those that look for their files beside the course's Python.
+COURSE_BIN = Path(sys.executable).parent
+COURSE_ALONE = ("jupyter-lab", "jupyter-notebook", "jupyter-server", "notebooks.py")
 
 
 class ServerOrder(Message):
@@ -3976,73 +3925,67 @@ class ServerOrder(Message):
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-class OldHome:
-    """Who keeps a path in the template's HOME in this memory: each fork has it its own.
+def student_class(ours: Any, **values: object) -> Any:
+    """Return a class of ours on top of the one of Jupyter's that it names."""
+    module, _, name = ours.upstream.rpartition(".")
+    bases = ours, getattr(importlib.import_module(module), name)
+    return types.new_class(ours.__name__, bases, exec_body=lambda body: body.update(values))
 
-    Many a package works out such a path when it is imported, and keeps it in a variable of
-    a module, an attribute of a class, the default of a parameter or of a trait.
+
+def own_environment(home: Path) -> Path:
+    """Return where a student's own packages are; another Python has another place."""
+    return home / ".local/share/notebooks" / f"python{sysconfig.get_python_version()}"
+
+
+def ensure_own_environment(place: Path) -> Path:
+    """Make or mend an environment on top of the course's, and return its Python.
+
+    pip puts packages there, which go before the course's. It is what `python -m venv`
+    makes, in a hundredth of the time. Runs as: the student.
     """
+    programs, python = place / "bin", os.path.realpath(sys.executable)
+    library = Path(sysconfig.get_path("purelib", "venv", {"base": str(place)}))
+    for directory in (programs, library):
+        directory.mkdir(parents=True, exist_ok=True)
 
-    def __init__(self, home: str) -> None:
-        from traitlets import TraitType
+    for link in (programs / "python", programs / "python3"):
+        if os.path.realpath(link) != python:
+            link.unlink(missing_ok=True)
+            link.symlink_to(python)
 
-        self.home = home
-        self.places: list[tuple[Any, str]] = []
-        kinds = (types.ModuleType, type, types.FunctionType, TraitType)
-        for owner in gc.get_objects():
-            if not issubclass(type(owner), kinds):  # isinstance would wake lazy objects
-                continue
-            kept = dict(vars(owner))
-            if type(owner) is types.FunctionType:
-                kept |= {"__defaults__": owner.__defaults__}
-                kept |= {"__kwdefaults__": owner.__kwdefaults__}
-            for name, value in kept.items():
-                if self.moved(value, "") != value:
-                    self.places.append((owner, name))
+    # A directory that is only named there would have its own .pth files left out.
+    course = filter(os.path.isdir, site.getsitepackages())
+    lines = "".join(f"import site; site.addsitedir({x!r})\n" for x in course)
+    home = f"home = {os.path.dirname(python)}\ninclude-system-site-packages = false\n"
+    for path, text in ((place / "pyvenv.cfg", home), (library / "course.pth", lines)):
+        if not path.exists() or path.read_text(errors="replace") != text:
+            path.write_text(text)
 
-    def move(self, home: str) -> None:
-        """Have everybody keep a path in another home instead."""
-        for owner, name in self.places:
-            value = getattr(owner, name)
-            moved = self.moved(value, home)
-            if isinstance(value, list):  # others may have it, too
-                value[:] = moved
-            elif isinstance(value, dict):
-                value.update(moved)
-            else:
-                setattr(owner, name, moved)
-
-    def moved(self, value: Any, home: str, depth: int = 3) -> Any:
-        """Return a value with the paths that are in it in another home."""
-        kind = type(value)
-        if kind is str:
-            return value.replace(self.home, home)
-        if kind is bytes:
-            return value.replace(os.fsencode(self.home), os.fsencode(home))
-        if issubclass(kind, PurePath):
-            return kind(str(value).replace(self.home, home))
-        if kind in (list, tuple) and depth:
-            return kind(self.moved(each, home, depth - 1) for each in value)
-        if kind is dict and depth:
-            return {key: self.moved(each, home, depth - 1) for key, each in value.items()}
-        return value
+    ensure_own_programs(programs)
+    return programs / "python"
 
 
-def hash_password(password: str) -> str:
-    """Return a salted hash as jupyter_server.auth.security checks it."""
-    # One round is enough for 70 random bits that never touch a disk.
-    salt = secrets.token_hex(8)
-    digest = hashlib.sha256(password.encode() + salt.encode()).hexdigest()
-    return f"sha256:{salt}:{digest}"
+def ensure_own_programs(programs: Path) -> None:
+    """Have the course's programs, such as pip, run in a student's own environment."""
+    for program in COURSE_BIN.iterdir():
+        own = programs / program.name
+        # One that pip has put there stays.
+        if os.access(own, os.X_OK) or program.name in COURSE_ALONE or program.is_dir():
+            continue
+        with program.open("rb") as file:
+            if file.readline(512).startswith(b"#!%b/python" % bytes(COURSE_BIN)):
+                own.write_bytes(b"#!%b/python\n%b" % (bytes(programs), file.read()))
+                own.chmod(0o755)
 
 
-def make_cookie_secret(username: str, password: str) -> str:
-    """Return what signs a server's cookies, in hex: the same as long as the password is.
-
-    So an open tab goes on with a server that was started again, and a new password ends
-    all sessions. Who can work it out knows the password.
-    """
-    return hmac.digest(password.encode(), f"cookies of {username}".encode(), "sha256").hex()
+def student_python(order: ServerOrder) -> str:
+    """Return the Python of a student's kernels and terminals."""
+    if order.own_packages:
+        try:
+            return str(ensure_own_environment(own_environment(Path.home())))
+        except OSError as error:  # as on a full disk
+            log.warning("there are no packages of your own: %s", explain(error))
+    return sys.executable
 
 
 def server_environment(
@@ -4072,91 +4015,250 @@ def server_environment(
     }
 
 
-def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
-    """Return the traitlets configuration of a student's server."""
-    from traitlets.config import Config as Settings
+class StudentKernelSpecs(Upstream):  # type: ignore[misc]
+    """A finder of kernels, of which those of Python have the student's own packages."""
 
-    home = Path(account.pw_dir)
-    config_dir = home / ".jupyter"
-    # A student may have removed either, and before `send` one may not be there.
-    root_dir = home / order.root_dir if os.path.isdir(home / order.root_dir) else home
-    start_dir = home / order.start_dir
-    start_path = os.path.relpath(start_dir, root_dir)
+    upstream = "jupyter_client.kernelspec.KernelSpecManager"
+    order: ServerOrder
 
-    start_url = f"/{order.start_page}"
-    exists = os.path.isdir(start_dir) and start_path != "."
-    if exists:
-        start_url = (
-            f"{start_url.removesuffix('/tree')}/tree/{urllib.parse.quote(start_path)}"
-        )
+    def get_kernel_spec(self, kernel_name: str) -> Any:
+        order, spec = self.order, super().get_kernel_spec(kernel_name)
+        exists = Path.home().joinpath(".ipython", f"profile_{order.profile}").is_dir()
+        profile = order.profile if exists else ""
+        spec.argv = student_argv(spec.argv, profile, order.debugger)
+        program = COURSE_BIN / spec.argv[0]  # or the latter, if that is a path
+        if program.parent == COURSE_BIN and program.name.startswith("python"):
+            spec.argv[0] = student_python(order)
+        if not order.debugger:  # JupyterLab greys out its button
+            spec.metadata = {**spec.metadata, "debugger": False}
+        return spec
 
-    # These would follow JUPYTER_CONFIG_DIR, which is root's while the server starts.
-    lab = {
-        "user_settings_dir": str(config_dir / "lab/user-settings"),
-        "workspaces_dir": str(config_dir / "lab/workspaces"),
-    }
 
-    return Settings(
-        ServerApp={
-            "base_url": f"/{order.username}/",
-            "port": order.port,
-            "custom_display_url": order.url,
-            "certfile": order.cert_file,  # for its name; the key was read before
-            "default_url": start_url,
-            "root_dir": str(root_dir),
-            # Not that of ContentsManager, which would run another event loop to check it.
-            "preferred_dir": str(start_dir if exists else root_dir),
-            "open_browser": False,
-            "allow_remote_access": True,
-            "cookie_secret": bytes.fromhex(order.cookie_secret),
-            "terminado_settings": {
-                "shell_command": [*TERMINAL_SHELL, str(start_dir), account.pw_shell, "-l"]
-            },
-            "kernel_manager_class": kernel_manager(order, start_path),
-            "kernel_spec_manager_class": spec_manager(order),
-            "kernel_websocket_connection_class": tab_connection(),
-            "shutdown_no_activity_timeout": order.idle_seconds,
-        },
-        IdentityProvider={"token": ""},
-        PasswordIdentityProvider={
-            "hashed_password": order.password,
-            "password_required": True,
-            "allow_password_change": False,
-        },
-        # Over TCP any local user can connect to a kernel's IOPub port and read it.
-        KernelManager={"transport": "ipc"},
-        MappingKernelManager={
-            # The look at idle kernels is also that at busy ones.
-            "cull_idle_timeout": order.idle_kernel_seconds
-            or (order.busy_minutes and NEVER_SECONDS),
-            "cull_interval": CULL_SECONDS,
-            "cull_connected": True,
-        },
-        TerminalsExtensionApp={"terminal_manager_class": terminal_manager(order)},
-        TerminalManager={
-            "cull_inactive_timeout": order.idle_seconds,
-            "cull_interval": CULL_SECONDS,
-        },
-        # Which notebooks are trusted is only remembered while the server runs: SQLite would
-        # run what a database in the home says, and to find the directory nbformat executes
-        # the configuration there.
-        NotebookNotary={
-            "data_dir": "",
-            "db_file": ":memory:",
-            "secret": secrets.token_bytes(64),
-        },
-        # For the same reason: jupyter-collaboration's.
-        BaseFileIdManager={"db_path": ":memory:"},
-        SQLiteYStore={"db_path": ":memory:"},
-        # Where jupyter_lsp looks for node_modules; else it would ask npm at each start.
-        LanguageServerManager={
-            "node_roots": [start_dir, f"{sys.prefix}/lib", "/usr/local/lib", "/usr/lib"]
-        },
-        TemplateExporter={"extra_template_basedirs": []},  # not the current directory
-        LabApp={**lab, "extension_manager": "readonly", "news_url": None},
-        JupyterNotebookApp=lab,
-        LabServerApp=lab,
-    )
+def student_argv(argv: Sequence[str], profile: str, debugger: bool) -> list[str]:
+    """Return how a kernel is started: one of Python's with a profile, without debugger."""
+    words = list(argv)
+    if profile and "ipykernel_launcher" in words:
+        words.append(f"--profile={profile}")
+    for i, pair in enumerate(itertools.pairwise(argv)):
+        if not debugger and pair in [("-m", "ipykernel_launcher"), ("-m", "ipykernel")]:
+            words[i : i + 2] = "-c", KERNEL_WITHOUT_DEBUGGER.format(module=pair[1])
+    return words
+
+
+def kernel_transports(spec: Any, tcp_kernels: bool) -> list[str]:
+    """Return the transports to try with a kernel that has not come up yet, in order.
+
+    One that ends may have ended for another reason, such as a full disk: ipc has two tries.
+    """
+    wish, is_python = spec.metadata.get("transport"), "ipykernel" in " ".join(spec.argv)
+    if not tcp_kernels or wish == "ipc" or (is_python and wish != "tcp"):
+        return ["ipc", "ipc"]
+    return ["tcp"] if wish == "tcp" else ["ipc", "ipc", "tcp"]
+
+
+def bound_transport(kernel: Any) -> str:
+    """Return what a kernel listens on: `ipc`, `tcp`, or nothing yet."""
+    if kernel.transport == "ipc" and os.path.exists(f"{kernel.ip}-{kernel.shell_port}"):
+        return "ipc"
+    ports = 0
+    with contextlib.suppress(AttributeError, psutil.Error):  # not local, or ended
+        process = psutil.Process(kernel.provisioner.pid)
+        for each in (process, *process.children(recursive=True)):
+            connections = each.net_connections("tcp")
+            ports += sum(x.status == psutil.CONN_LISTEN for x in connections)
+    return "tcp" if ports >= KERNEL_PORTS else ""
+
+
+async def hear_kernel(kernel: Any, is_last: bool, seconds: float = KERNEL_SECONDS) -> str:
+    """Wait until a kernel answers; return nothing, or why it never will.
+
+    One that listens where it should is left alone, however long it takes.
+    is_last: nothing else will be tried, so nobody looks through all processes for ports.
+    """
+    answered = asyncio.Event()
+    stream = kernel.connect_shell()
+    stream.on_recv(lambda _: answered.set())
+    kernel.session.send(stream, "kernel_info_request")
+    kernel.stop_restarter()  # it would hide an end
+    deadline = time.monotonic() + seconds
+    answer = asyncio.ensure_future(answered.wait())
+    try:
+        while not (await asyncio.wait([answer], timeout=KERNEL_LOOK_SECONDS))[0]:
+            if not await kernel.is_alive():
+                return "it ended"
+            is_late = time.monotonic() > deadline
+            bound = bound_transport(kernel) if is_late or not is_last else ""
+            if is_late and bound == kernel.transport:
+                break
+            # JeroMQ, the library of kernels in Java, opens ports for unix sockets.
+            if is_late or bound not in ("", kernel.transport):
+                return SILENT
+        return ""
+    finally:
+        answer.cancel()
+        stream.close()
+        kernel.start_restarter()
+
+
+class PlainError(Upstream):  # type: ignore[misc]
+    """An error of which front ends show the text alone."""
+
+    upstream = "tornado.web.HTTPError"
+
+    def __str__(self) -> str:
+        return self.log_message or ""
+
+
+class StudentKernels(Upstream):  # type: ignore[misc]
+    """A manager of kernels that ends none with work in it, and tells tabs of each end.
+
+    They start in the start directory if nobody names another, as in plain Jupyter. The
+    first of each name is heard out, and with the transport that it took all others start.
+    """
+
+    upstream = "jupyter_server.services.kernels.kernelmanager.AsyncMappingKernelManager"
+    order: ServerOrder
+    start_path: str
+    transports: dict[str, str]  # by the names of kernels
+
+    async def start_kernel(self, **options: Any) -> str:
+        options["path"] = options.get("path") or self.start_path
+        name = options.get("kernel_name") or self.default_kernel_name
+        spec = self.kernel_spec_manager.get_kernel_spec(name)
+        known, tried = name in self.transports, self.transports_to_try(name, spec)
+        reason = silent = ""
+
+        for i, transport in enumerate(tried):
+            if transport == silent:
+                continue
+            try:
+                kernel_id = str(await super().start_kernel(transport=transport, **options))
+            except OSError as error:
+                raise self.kernel_error(spec, explain(error)) from None
+            if not known:
+                kernel, is_last = self.get_kernel(kernel_id), i == len(tried) - 1
+                reason = await hear_kernel(kernel, is_last)
+            if not reason:
+                return self.keep_kernel(kernel_id, name, transport)
+            silent = transport if reason == SILENT else ""
+            await self.shutdown_kernel(kernel_id, now=True)
+        raise self.kernel_error(spec, reason)
+
+    def transports_to_try(self, name: str, spec: Any) -> list[str]:
+        if name in self.transports:
+            return [self.transports[name]]
+        return kernel_transports(spec, self.order.tcp_kernels)
+
+    def keep_kernel(self, kernel_id: str, name: str, transport: str) -> str:
+        self.transports[name] = transport
+        died = functools.partial(self.tell_of_death, kernel_id)
+        self.add_restart_callback(kernel_id, died)
+        return kernel_id
+
+    def kernel_error(self, spec: Any, reason: str) -> Any:
+        hint = "" if self.order.tcp_kernels else "; perhaps it needs TCP (tcp_kernels = no)"
+        text = f"The kernel {spec.display_name} cannot be started: {reason}{hint}."
+        return student_class(PlainError)(500, f"{text} What it said is in ~/{SERVER_LOG}.")
+
+    def pre_start_kernel(self, kernel_name: str | None, kwargs: Any) -> Any:
+        transport = kwargs.pop("transport")
+        kernel, *others = super().pre_start_kernel(kernel_name, kwargs)
+        kernel.transport = transport
+        # Where the kernel has CurveZMQ, too. Over unix sockets it would only take time.
+        encrypted = transport == "tcp" and importlib.import_module("zmq").has("curve")
+        kernel.transport_encryption = "auto" if encrypted else "disabled"
+        return kernel, *others
+
+    async def restart_kernel(self, *ids: Any, **options: Any) -> Any:
+        student_python(self.order)  # they may have deleted it
+        return await super().restart_kernel(*ids, **options)
+
+    def waiting_for(self, kernel_id: str) -> Any:
+        """Return what Jupyter knows of messages that wait for a tab to come back."""
+        return self._kernel_buffers.get(kernel_id, {})
+
+    def tabs_of(self, kernel_id: str) -> list[Any]:
+        every = self.parent.kernel_websocket_connection_class._open_sockets
+        return [tab for tab in every if tab.kernel_id == kernel_id]
+
+    def tell_of_death(self, kernel_id: str) -> None:
+        """Say why a kernel died that neither we nor the student have ended."""
+        process = getattr(self.get_kernel(kernel_id).provisioner, "process", None)
+        if not process or process.poll() != -signal.SIGKILL:
+            return
+        for tab in self.tabs_of(kernel_id):
+            words = tab.unread.stream_parts(OUT_OF_MEMORY)
+            tab.handle_outgoing_message(tab.channels["iopub"], words)
+        if waiting := self.waiting_for(kernel_id):
+            words = waiting["buffer"].stream_parts(OUT_OF_MEMORY)
+            waiting["buffer"].append(("iopub", words))
+
+    async def cull_kernel_if_idle(self, kernel_id: str) -> None:
+        """End a kernel that is not used, or computes for nobody. Called once a minute."""
+        kernel, tabs = self.get_kernel(kernel_id), self.tabs_of(kernel_id)
+        model = self.kernel_model(kernel_id)
+        state, buffer = model["execution_state"], self.waiting_for(kernel_id).get("buffer")
+        if state == "busy" and not model["connections"]:
+            kernel.minutes_in_vain = getattr(kernel, "minutes_in_vain", -1) + 1
+        else:
+            kernel.minutes_in_vain = -1
+
+        if 0 < self.order.busy_minutes <= kernel.minutes_in_vain:
+            minutes = counted(self.order.busy_minutes, "minute")
+            words = f"computed for {minutes} while no tab was open"
+            await self.shutdown_kernel(kernel_id)
+        elif not (buffer and (buffer.first_bytes or buffer.left_out)):
+            words = f"was not used for {counted(self.cull_idle_timeout // 60, 'minute')}"
+            await super().cull_kernel_if_idle(kernel_id)
+
+        if kernel_id not in self and state != "dead":
+            model |= {"execution_state": "dead", "connections": 0}
+            model["reason"] = f"The kernel was ended: it {words}. Run your cells again."
+            with contextlib.suppress(OSError):  # a full disk
+                end_file(kernel_id).write_text(json.dumps(model))
+            for tab in tabs:
+                tab.websocket_handler.close(TRY_AGAIN)
+
+    def kernel_model(self, kernel_id: str) -> Any:
+        if kernel_id not in self:
+            with contextlib.suppress(OSError, ValueError):
+                return json.loads(end_file(kernel_id).read_text())
+        return super().kernel_model(kernel_id)
+
+
+class StudentTerminals(Upstream):  # type: ignore[misc]
+    """A manager of terminals that ends them only if nothing runs, and says so."""
+
+    upstream = "jupyter_server_terminals.terminalmanager.TerminalManager"
+    order: ServerOrder
+
+    def create(self, **options: Any) -> Any:
+        """Make a terminal, such as that which a tab asks for again by its name."""
+        student_python(self.order)
+        model = super().create(**options)
+        words = end_file(f"terminal-{model['name']}")
+        with contextlib.suppress(OSError, ValueError):
+            self.terminals[model["name"]].read_buffer.append(words.read_text())
+            words.unlink()
+        return model
+
+    def is_used(self, terminal: Any) -> bool:
+        """Say whether it has a tab, or anything but its shell runs in its session."""
+        leader = terminal.ptyproc.pid
+        for pid in psutil.pids():
+            with contextlib.suppress(ProcessLookupError):
+                if pid != leader and os.getsid(pid) == leader:
+                    return True
+        return bool(terminal.clients)
+
+    async def _cull_inactive_terminal(self, name: str) -> None:
+        terminal = self.terminals.get(name)
+        if terminal and not self.is_used(terminal):
+            await super()._cull_inactive_terminal(name)
+            if not terminal.ptyproc.isalive():
+                minutes = counted(self.cull_inactive_timeout // 60, "minute")
+                words = f"The terminal that was here was not used for {minutes}, and ended."
+                end_file(f"terminal-{name}").write_text(f"[{words}]\r\n")
 
 
 class OutputBuffer:
@@ -4233,12 +4335,16 @@ class OutputBuffer:
                 self.messages[number] = *self.messages[number][:2], []
 
 
-class TabConnection(Upstream):  # type: ignore[misc]
+class StudentTab(Upstream):  # type: ignore[misc]
     """A tab's connection to its kernel: as Jupyter's, but it keeps little for the tab.
 
     While the tab does not read, messages wait in `unread`. When the connection ends, they
     stay for the next one of this tab, in place of Jupyter's list without end.
     """
+
+    upstream = (
+        "jupyter_server.services.kernels.connection.channels.ZMQChannelsWebsocketConnection"
+    )
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -4298,333 +4404,222 @@ def end_file(name: str) -> Path:
     return Path(os.environ["JUPYTER_RUNTIME_DIR"], f"ended-{name}")
 
 
-class KernelKeeper(Upstream):  # type: ignore[misc]
-    """A manager of kernels that ends none with work in it, and tells tabs of each end."""
+# == Launch 2: the notebook server of a student ============================================
+#
+# All of this runs in a fork of the template process, which becomes the student before it
+# reads anything of theirs. The fork holds the certificate's key. The student cannot trace
+# it or read its memory, since it changed its ids without an exec; so no code of the
+# student's may ever run in it: no configuration, no extension, no template.
 
-    busy_minutes: int
+SERVER_LOG = ".notebooks.log"  # in the student's home
+IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
+NEVER_SECONDS = 100 * 365 * 24 * 3600
+MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
+OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score_adj
 
-    async def start_kernel(self, **options: Any) -> str:
-        kernel_id = str(await super().start_kernel(**options))
-        died = functools.partial(self.tell_of_death, kernel_id)
-        self.add_restart_callback(kernel_id, died)
-        return kernel_id
+# Where keyctl(2) joins a session keyring, by processor: <asm/unistd.h>.
+KEYCTL_JOIN_SESSION_KEYRING = 1
+SYS_KEYCTL = {"x86_64": 250, "i386": 288, "arm": 311, "powerpc64le": 271, "s390x": 280}
+SYS_KEYCTL |= {"mips64el": 5241, "aarch64": 219, "riscv64": 219, "loongarch64": 219}
 
-    def waiting_for(self, kernel_id: str) -> Any:
-        """Return what Jupyter knows of messages that wait for a tab to come back."""
-        return self._kernel_buffers.get(kernel_id, {})
+# What the menu *Save and export as* offers.
+EXPORTS = (
+    *("asciidoc", "html", "latex", "markdown", "notebook", "pdf", "python", "rst"),
+    *("script", "slides", "webpdf"),
+)
+EXPORT_SECONDS = 120.0
 
-    def tabs_of(self, kernel_id: str) -> list[Any]:
-        every = self.parent.kernel_websocket_connection_class._open_sockets
-        return [tab for tab in every if tab.kernel_id == kernel_id]
+# It asks whether to fetch news, of which `news_url` leaves none.
+NEWS_PLUGIN = "@jupyterlab/apputils-extension:announcements"
 
-    def tell_of_death(self, kernel_id: str) -> None:
-        """Say why a kernel died that neither we nor the student have ended."""
-        process = getattr(self.get_kernel(kernel_id).provisioner, "process", None)
-        if not process or process.poll() != -signal.SIGKILL:
-            return
-        for tab in self.tabs_of(kernel_id):
-            words = tab.unread.stream_parts(OUT_OF_MEMORY)
-            tab.handle_outgoing_message(tab.channels["iopub"], words)
-        if waiting := self.waiting_for(kernel_id):
-            words = waiting["buffer"].stream_parts(OUT_OF_MEMORY)
-            waiting["buffer"].append(("iopub", words))
+# The log-in and the log-out page: a template (Jinja, which escapes what it is given).
+# Visitors may know this host by another name than we do: then the link takes theirs.
+LOG_IN_PAGE = make_page(
+    "{{ order.title }}",
+    """{% set is_out = message and message.info %}
+{% if message and message.error %}<p class="message" role="alert">That was not the password
+of this notebook. Is the Caps Lock key on? Is the name below yours?</p>{% endif %}
+<p>{{ "You have logged out of the" if is_out else "The" }} notebook of
+{% if order.name %}<strong>{{ order.name }}</strong>, {% endif -%}
+<code>{{ order.username }}</code>.
+<a href="{{ order.page_url }}"{% if order.any_host %}
+ onclick="this.hostname = location.hostname"{% endif %}>
+{{ "To the page of the course" if is_out else "Not yours? Find your own." }}</a></p>
+{% if is_out %}<p><a href="{{ base_url }}login">Log in again</a></p>
+{% else %}<form action="{{ base_url }}login?next={{ next }}" method="post">
+{{ xsrf_form_html() | safe }}
+<input name="username" value="{{ order.username }}" autocomplete="username" hidden>
+<input name="password" type="password" aria-label="Notebook password" required autofocus
+ placeholder="Notebook password" autocomplete="current-password">
+<button>Log in</button></form>
+<p>It asks for the password of the notebook, not for that of the account.
+<a href="{{ order.page_url }}-password"{% if order.any_host %}
+ onclick="this.hostname = location.hostname"{% endif %}>Change it</a></p>{% endif %}
+""",
+)
 
-    async def cull_kernel_if_idle(self, kernel_id: str) -> None:
-        """End a kernel that is not used, or computes for nobody. Called once a minute."""
-        kernel, tabs = self.get_kernel(kernel_id), self.tabs_of(kernel_id)
-        model = self.kernel_model(kernel_id)
-        state, buffer = model["execution_state"], self.waiting_for(kernel_id).get("buffer")
-        if state == "busy" and not model["connections"]:
-            kernel.minutes_in_vain = getattr(kernel, "minutes_in_vain", -1) + 1
-        else:
-            kernel.minutes_in_vain = -1
-
-        if 0 < self.busy_minutes <= kernel.minutes_in_vain:
-            minutes = counted(self.busy_minutes, "minute")
-            words = f"computed for {minutes} while no tab was open"
-            await self.shutdown_kernel(kernel_id)
-        elif not (buffer and (buffer.first_bytes or buffer.left_out)):
-            words = f"was not used for {counted(self.cull_idle_timeout // 60, 'minute')}"
-            await super().cull_kernel_if_idle(kernel_id)
-
-        if kernel_id not in self and state != "dead":
-            model |= {"execution_state": "dead", "connections": 0}
-            model["reason"] = f"The kernel was ended: it {words}. Run your cells again."
-            with contextlib.suppress(OSError):  # a full disk
-                end_file(kernel_id).write_text(json.dumps(model))
-            for tab in tabs:
-                tab.websocket_handler.close(TRY_AGAIN)
-
-    def kernel_model(self, kernel_id: str) -> Any:
-        if kernel_id not in self:
-            with contextlib.suppress(OSError, ValueError):
-                return json.loads(end_file(kernel_id).read_text())
-        return super().kernel_model(kernel_id)
+# A terminal that nobody gave a directory is in the home, where the server is.
+TERMINAL_SHELL = "/bin/sh", "-c", '[ . -ef "$HOME" ] && cd "$0" 2>/dev/null; exec "$@"'
 
 
-class TerminalKeeper(Upstream):  # type: ignore[misc]
-    """A manager of terminals that ends them only if nothing runs, and says so."""
+class OldHome:
+    """Who keeps a path in the template's HOME in this memory: each fork has it its own.
 
-    def create(self, **options: Any) -> Any:
-        """Make a terminal, such as that which a tab asks for again by its name."""
-        model = super().create(**options)
-        words = end_file(f"terminal-{model['name']}")
-        with contextlib.suppress(OSError, ValueError):
-            self.terminals[model["name"]].read_buffer.append(words.read_text())
-            words.unlink()
-        return model
-
-    def is_used(self, terminal: Any) -> bool:
-        """Say whether it has a tab, or anything but its shell runs in its session."""
-        leader = terminal.ptyproc.pid
-        for pid in psutil.pids():
-            with contextlib.suppress(ProcessLookupError):
-                if pid != leader and os.getsid(pid) == leader:
-                    return True
-        return bool(terminal.clients)
-
-    async def _cull_inactive_terminal(self, name: str) -> None:
-        terminal = self.terminals.get(name)
-        if terminal and not self.is_used(terminal):
-            await super()._cull_inactive_terminal(name)
-            if not terminal.ptyproc.isalive():
-                minutes = counted(self.cull_inactive_timeout // 60, "minute")
-                words = (
-                    f"[The terminal that was here was not used for {minutes}, and ended.]"
-                )
-                end_file(f"terminal-{name}").write_text(f"{words}\r\n")
-
-
-def student_argv(argv: Sequence[str], profile: str, debugger: bool) -> list[str]:
-    """Return how a kernel is started: one of Python's with a profile, without debugger."""
-    words = list(argv)
-    if profile and "ipykernel_launcher" in words:
-        words.append(f"--profile={profile}")
-    for i, pair in enumerate(itertools.pairwise(argv)):
-        if not debugger and pair in [("-m", "ipykernel_launcher"), ("-m", "ipykernel")]:
-            words[i : i + 2] = "-c", KERNEL_WITHOUT_DEBUGGER.format(module=pair[1])
-    return words
-
-
-def kernel_transports(spec: Any, tcp_kernels: bool) -> list[str]:
-    """Return the transports to try with a kernel that has not come up yet, in order.
-
-    One that ends may have ended for another reason, such as a full disk: ipc has two tries.
+    Many a package works out such a path when it is imported, and keeps it in a variable of
+    a module, an attribute of a class, the default of a parameter or of a trait.
     """
-    wish, is_python = spec.metadata.get("transport"), "ipykernel" in " ".join(spec.argv)
-    if not tcp_kernels or wish == "ipc" or (is_python and wish != "tcp"):
-        return ["ipc", "ipc"]
-    return ["tcp"] if wish == "tcp" else ["ipc", "ipc", "tcp"]
+
+    def __init__(self, home: str) -> None:
+        from traitlets import TraitType
+
+        self.home = home
+        self.places: list[tuple[Any, str]] = []
+        kinds = (types.ModuleType, type, types.FunctionType, TraitType)
+        for owner in gc.get_objects():
+            if not issubclass(type(owner), kinds):  # isinstance would wake lazy objects
+                continue
+            kept = dict(vars(owner))
+            if type(owner) is types.FunctionType:
+                kept |= {"__defaults__": owner.__defaults__}
+                kept |= {"__kwdefaults__": owner.__kwdefaults__}
+            for name, value in kept.items():
+                if self.moved(value, "") != value:
+                    self.places.append((owner, name))
+
+    def move(self, home: str) -> None:
+        """Have everybody keep a path in another home instead."""
+        for owner, name in self.places:
+            value = getattr(owner, name)
+            moved = self.moved(value, home)
+            if isinstance(value, list):  # others may have it, too
+                value[:] = moved
+            elif isinstance(value, dict):
+                value.update(moved)
+            else:
+                setattr(owner, name, moved)
+
+    def moved(self, value: Any, home: str, depth: int = 3) -> Any:
+        """Return a value with the paths that are in it in another home."""
+        kind = type(value)
+        if kind is str:
+            return value.replace(self.home, home)
+        if kind is bytes:
+            return value.replace(os.fsencode(self.home), os.fsencode(home))
+        if issubclass(kind, PurePath):
+            return kind(str(value).replace(self.home, home))
+        if kind in (list, tuple) and depth:
+            return kind(self.moved(each, home, depth - 1) for each in value)
+        if kind is dict and depth:
+            return {key: self.moved(each, home, depth - 1) for key, each in value.items()}
+        return value
 
 
-def bound_transport(kernel: Any) -> str:
-    """Return what a kernel listens on: `ipc`, `tcp`, or nothing yet."""
-    if kernel.transport == "ipc" and os.path.exists(f"{kernel.ip}-{kernel.shell_port}"):
-        return "ipc"
-    ports = 0
-    with contextlib.suppress(AttributeError, psutil.Error):  # not local, or ended
-        process = psutil.Process(kernel.provisioner.pid)
-        for each in (process, *process.children(recursive=True)):
-            connections = each.net_connections("tcp")
-            ports += sum(x.status == psutil.CONN_LISTEN for x in connections)
-    return "tcp" if ports >= KERNEL_PORTS else ""
+def hash_password(password: str) -> str:
+    """Return a salted hash as jupyter_server.auth.security checks it."""
+    # One round is enough for 70 random bits that never touch a disk.
+    salt = secrets.token_hex(8)
+    digest = hashlib.sha256(password.encode() + salt.encode()).hexdigest()
+    return f"sha256:{salt}:{digest}"
 
 
-async def hear_kernel(kernel: Any, is_last: bool, seconds: float = KERNEL_SECONDS) -> str:
-    """Wait until a kernel answers; return nothing, or why it never will.
+def make_cookie_secret(username: str, password: str) -> str:
+    """Return what signs a server's cookies, in hex: the same as long as the password is.
 
-    One that listens where it should is left alone, however long it takes.
-    is_last: nothing else will be tried, so nobody looks through all processes for ports.
+    So an open tab goes on with a server that was started again, and a new password ends
+    all sessions. Who can work it out knows the password.
     """
-    answered = asyncio.Event()
-    stream = kernel.connect_shell()
-    stream.on_recv(lambda _: answered.set())
-    kernel.session.send(stream, "kernel_info_request")
-    kernel.stop_restarter()  # it would hide an end
-    deadline = time.monotonic() + seconds
-    answer = asyncio.ensure_future(answered.wait())
-    try:
-        while not (await asyncio.wait([answer], timeout=KERNEL_LOOK_SECONDS))[0]:
-            if not await kernel.is_alive():
-                return "it ended"
-            is_late = time.monotonic() > deadline
-            bound = bound_transport(kernel) if is_late or not is_last else ""
-            if is_late and bound == kernel.transport:
-                break
-            # JeroMQ, the library of kernels in Java, opens ports for unix sockets.
-            if is_late or bound not in ("", kernel.transport):
-                return SILENT
-        return ""
-    finally:
-        answer.cancel()
-        stream.close()
-        kernel.start_restarter()
+    return hmac.digest(password.encode(), f"cookies of {username}".encode(), "sha256").hex()
 
 
-def own_environment(home: Path) -> Path:
-    """Return where a student's own packages are; another Python has another place."""
-    return home / ".local/share/notebooks" / f"python{sysconfig.get_python_version()}"
+def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
+    """Return the traitlets configuration of a student's server."""
+    from traitlets.config import Config as Settings
 
+    home = Path(account.pw_dir)
+    config_dir = home / ".jupyter"
+    # A student may have removed either, and before `send` one may not be there.
+    root_dir = home / order.root_dir if os.path.isdir(home / order.root_dir) else home
+    start_dir = home / order.start_dir
+    start_path = os.path.relpath(start_dir, root_dir)
 
-def ensure_own_environment(place: Path) -> Path:
-    """Make or mend an environment on top of the course's, and return its Python.
+    start_url = f"/{order.start_page}"
+    exists = os.path.isdir(start_dir) and start_path != "."
+    if exists:
+        start_url = (
+            f"{start_url.removesuffix('/tree')}/tree/{urllib.parse.quote(start_path)}"
+        )
 
-    pip puts packages there, which go before the course's. It is what `python -m venv`
-    makes, in a hundredth of the time. Runs as: the student.
-    """
-    programs, python = place / "bin", os.path.realpath(sys.executable)
-    library = Path(sysconfig.get_path("purelib", "venv", {"base": str(place)}))
-    for directory in (programs, library):
-        directory.mkdir(parents=True, exist_ok=True)
+    # These would follow JUPYTER_CONFIG_DIR, which is root's while the server starts.
+    lab = {
+        "user_settings_dir": str(config_dir / "lab/user-settings"),
+        "workspaces_dir": str(config_dir / "lab/workspaces"),
+    }
 
-    for link in (programs / "python", programs / "python3"):
-        if os.path.realpath(link) != python:
-            link.unlink(missing_ok=True)
-            link.symlink_to(python)
-
-    # A directory that is only named there would have its own .pth files left out.
-    course = filter(os.path.isdir, site.getsitepackages())
-    lines = "".join(f"import site; site.addsitedir({x!r})\n" for x in course)
-    home = f"home = {os.path.dirname(python)}\ninclude-system-site-packages = false\n"
-    for path, text in ((place / "pyvenv.cfg", home), (library / "course.pth", lines)):
-        if not path.exists() or path.read_text(errors="replace") != text:
-            path.write_text(text)
-
-    ensure_own_programs(programs)
-    return programs / "python"
-
-
-def ensure_own_programs(programs: Path) -> None:
-    """Have the course's programs, such as pip, run in a student's own environment."""
-    for program in COURSE_BIN.iterdir():
-        own = programs / program.name
-        # One that pip has put there stays.
-        if os.access(own, os.X_OK) or program.name in COURSE_ALONE or program.is_dir():
-            continue
-        with program.open("rb") as file:
-            if file.readline(512).startswith(b"#!%b/python" % bytes(COURSE_BIN)):
-                own.write_bytes(b"#!%b/python\n%b" % (bytes(programs), file.read()))
-                own.chmod(0o755)
-
-
-def student_python(order: ServerOrder) -> str:
-    """Return the Python of a student's kernels and terminals."""
-    if order.own_packages:
-        try:
-            return str(ensure_own_environment(own_environment(Path.home())))
-        except OSError as error:  # as on a full disk
-            log.warning("there are no packages of your own: %s", explain(error))
-    return sys.executable
-
-
-def kernel_manager(order: ServerOrder, start_path: str) -> type:
-    """Return the class that manages a student's kernels.
-
-    They start in the start directory if nobody names another, as in plain Jupyter. The
-    first of each name is heard out, and with the transport that it took all others start.
-    Front ends show why a start failed.
-    """
-    import zmq
-    from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
-    from tornado import web
-
-    transports: dict[str, str] = {}  # by the names of kernels
-
-    class KernelError(web.HTTPError):
-        def __str__(self) -> str:
-            return self.log_message or ""
-
-    class StudentKernelManager(KernelKeeper, AsyncMappingKernelManager):
-        busy_minutes = order.busy_minutes
-
-        async def start_kernel(self, **options: Any) -> str:  # type: ignore[override]
-            options["path"] = options.get("path") or start_path
-            name = options.get("kernel_name") or self.default_kernel_name
-            manager: Any = self.kernel_spec_manager
-            spec, known = manager.get_kernel_spec(name), name in transports
-            tried = kernel_transports(spec, order.tcp_kernels)
-            silent = ""
-            for transport in [transports[name]] if known else tried:
-                if transport == silent:
-                    continue
-                try:
-                    kernel_id = await super().start_kernel(transport=transport, **options)
-                except OSError as error:
-                    reason = explain(error)
-                    break
-                kernel, is_last = self.get_kernel(kernel_id), transport == tried[-1]
-                reason = "" if known else await hear_kernel(kernel, is_last)
-                if not reason:
-                    transports[name] = transport
-                    return kernel_id
-                silent = transport if reason == SILENT else ""
-                await self.shutdown_kernel(kernel_id, now=True)  # type: ignore[no-untyped-call]
-
-            hint = "" if order.tcp_kernels else "; perhaps it needs TCP (tcp_kernels = no)"
-            text = f"The kernel {spec.display_name} cannot be started: {reason}{hint}."
-            raise KernelError(500, f"{text} What it said is in ~/{SERVER_LOG}.")
-
-        def pre_start_kernel(self, kernel_name: str | None, kwargs: Any) -> Any:
-            transport = kwargs.pop("transport")
-            kernel, *others = super().pre_start_kernel(kernel_name, kwargs)
-            kernel.transport = transport
-            # Where the kernel has CurveZMQ, too. Over unix sockets it would only take time.
-            encrypted = transport == "tcp" and zmq.has("curve")
-            kernel.transport_encryption = "auto" if encrypted else "disabled"
-            return kernel, *others
-
-        async def restart_kernel(self, *ids: Any, **options: Any) -> Any:  # type: ignore[override]
-            student_python(order)  # they may have deleted it
-            return await super().restart_kernel(*ids, **options)  # type: ignore[no-untyped-call]
-
-    return StudentKernelManager
-
-
-def tab_connection() -> type:
-    """Return the class of a tab's connection to its kernel."""
-    from jupyter_server.services.kernels.connection.channels import (
-        ZMQChannelsWebsocketConnection,
+    return Settings(
+        ServerApp={
+            "base_url": f"/{order.username}/",
+            "port": order.port,
+            "custom_display_url": order.url,
+            "certfile": order.cert_file,  # for its name; the key was read before
+            "default_url": start_url,
+            "root_dir": str(root_dir),
+            # Not that of ContentsManager, which would run another event loop to check it.
+            "preferred_dir": str(start_dir if exists else root_dir),
+            "open_browser": False,
+            "allow_remote_access": True,
+            "cookie_secret": bytes.fromhex(order.cookie_secret),
+            "terminado_settings": {
+                "shell_command": [*TERMINAL_SHELL, str(start_dir), account.pw_shell, "-l"]
+            },
+            "kernel_manager_class": student_class(
+                StudentKernels, order=order, start_path=start_path, transports={}
+            ),
+            "kernel_spec_manager_class": student_class(StudentKernelSpecs, order=order),
+            "kernel_websocket_connection_class": student_class(StudentTab),
+            "shutdown_no_activity_timeout": order.idle_seconds,
+        },
+        IdentityProvider={"token": ""},
+        PasswordIdentityProvider={
+            "hashed_password": order.password,
+            "password_required": True,
+            "allow_password_change": False,
+        },
+        # Over TCP any local user can connect to a kernel's IOPub port and read it.
+        KernelManager={"transport": "ipc"},
+        MappingKernelManager={
+            # The look at idle kernels is also that at busy ones.
+            "cull_idle_timeout": order.idle_kernel_seconds
+            or (order.busy_minutes and NEVER_SECONDS),
+            "cull_interval": CULL_SECONDS,
+            "cull_connected": True,
+        },
+        TerminalsExtensionApp={
+            "terminal_manager_class": student_class(StudentTerminals, order=order)
+        },
+        TerminalManager={
+            "cull_inactive_timeout": order.idle_seconds,
+            "cull_interval": CULL_SECONDS,
+        },
+        # Which notebooks are trusted is only remembered while the server runs: SQLite would
+        # run what a database in the home says, and to find the directory nbformat executes
+        # the configuration there.
+        NotebookNotary={
+            "data_dir": "",
+            "db_file": ":memory:",
+            "secret": secrets.token_bytes(64),
+        },
+        # For the same reason: jupyter-collaboration's.
+        BaseFileIdManager={"db_path": ":memory:"},
+        SQLiteYStore={"db_path": ":memory:"},
+        # Where jupyter_lsp looks for node_modules; else it would ask npm at each start.
+        LanguageServerManager={
+            "node_roots": [start_dir, f"{sys.prefix}/lib", "/usr/local/lib", "/usr/lib"]
+        },
+        TemplateExporter={"extra_template_basedirs": []},  # not the current directory
+        LabApp={**lab, "extension_manager": "readonly", "news_url": None},
+        JupyterNotebookApp=lab,
+        LabServerApp=lab,
     )
-
-    class StudentConnection(  # type: ignore[misc]
-        TabConnection, ZMQChannelsWebsocketConnection
-    ):
-        pass
-
-    return StudentConnection
-
-
-def spec_manager(order: ServerOrder) -> type:
-    """Return the class that finds kernels: Python's have the student's own packages."""
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-
-    class StudentKernelSpecManager(KernelSpecManager):
-        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            spec = super().get_kernel_spec(kernel_name)
-            exists = Path.home().joinpath(".ipython", f"profile_{order.profile}").is_dir()
-            profile = order.profile if exists else ""
-            spec.argv = student_argv(spec.argv, profile, order.debugger)
-            program = COURSE_BIN / spec.argv[0]  # or the latter, if that is a path
-            if program.parent == COURSE_BIN and program.name.startswith("python"):
-                spec.argv[0] = student_python(order)
-            if not order.debugger:  # JupyterLab greys out its button
-                spec.metadata = {**spec.metadata, "debugger": False}
-            return spec
-
-    return StudentKernelSpecManager
-
-
-def terminal_manager(order: ServerOrder) -> type:
-    """Return the class that starts terminals, with the student's own packages."""
-    from jupyter_server_terminals.terminalmanager import TerminalManager
-
-    class StudentTerminalManager(TerminalKeeper, TerminalManager):
-        def create(self, **options: Any) -> dict[str, Any]:
-            student_python(order)
-            model: dict[str, Any] = super().create(**options)
-            return model
-
-    return StudentTerminalManager
 
 
 def export_handlers(base_url: str) -> list[tuple[str, type]]:
@@ -4728,7 +4723,11 @@ def leave_session_keyring() -> None:
 
 
 def become_server(
-    old_home: OldHome, without: Collection[str], order: ServerOrder, fds: Sequence[int]
+    old_home: OldHome,
+    said_before: str,
+    without: Collection[str],
+    order: ServerOrder,
+    fds: Sequence[int],
 ) -> None:
     """Become the student for good, and serve until SIGTERM. Step 6 of a start."""
     listener_fd, terminal_fd = fds
@@ -4755,7 +4754,7 @@ def become_server(
     os.umask(login_umask(account))
     os.chdir("/")
     old_home.move(account.pw_dir)
-    said = StartOutput()
+    said = StartOutput(said_before)
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         app = make_app(order, account, without)
     os.chdir(account.pw_dir)  # not the start directory, which the student may replace
@@ -4814,6 +4813,10 @@ class StartOutput(io.StringIO):
 
     is_over = False
 
+    def __init__(self, before: str) -> None:
+        super().__init__()
+        super().write(before)
+
     def write(self, text: str) -> int:
         os.write(2, text.encode(errors="replace"))
         return len(text) if self.is_over else super().write(text)
@@ -4861,14 +4864,8 @@ def move_output_to_log(said: StartOutput) -> None:
     for fd, target in ((null_fd, 0), (log_fd, 1), (log_fd, 2)):
         os.dup2(fd, target)
 
-    logging.captureWarnings(False)
-    for handler in logging.getLogger("py.warnings").handlers:
-        if isinstance(handler, logging.handlers.MemoryHandler):
-            handler.setTarget(logging.StreamHandler())
-            handler.flush()
 
-
-# == Launch 2: templates ===================================================================
+# == Launch 3: templates ===================================================================
 #
 # A template is a process that has imported, once, what its forks need. `Template` is the
 # launcher's side: it asks for forks and hears of their ends. `run_template` is the process:
@@ -5130,30 +5127,29 @@ def take_order(channel: Channel, become: Callable[..., None]) -> None:
 
 def preload_server() -> Callable[..., None]:
     """Import what servers need, so that forks share it; return what a fork does."""
-    # What packages warn of is kept for the students' logs: it is not the teacher's.
-    logger = logging.getLogger("py.warnings")
-    logger.addHandler(logging.handlers.MemoryHandler(sys.maxsize, logging.CRITICAL))
-    logger.propagate = False
-    logging.captureWarnings(True)
     home = ensure_rehearsal_home()
     os.environ["HOME"] = str(home)  # become_server sets the whole environment again
     search_installation_only()
-    for module in SERVER_MODULES:
-        importlib.import_module(module)
-    # The first context makes OpenSSL load its tables: 2 MB that are then shared.
-    ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-
-    # An extension may start but once in a process: in each fork, and not in the template.
-    trial = try_extensions(home)
-    for failure in trial.failures:
-        log.warning("an extension fails, for all students: %s", failure)
-    for module in trial.modules:
-        with contextlib.suppress(Exception):  # as in the trial
+    said = io.StringIO()  # by packages, for the students' logs: it is not the teacher's
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        for module in SERVER_MODULES:
             importlib.import_module(module)
-    logging.disable(logging.CRITICAL)  # till the end of the rehearsal
-    rehearse_start(home, without=trial.extensions)
+        # The first context makes OpenSSL load its tables: 2 MB that are then shared.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
 
-    become = functools.partial(become_server, OldHome(str(home)), trial.useless)
+        # An extension may start but once in a process: in each fork, not in the template.
+        trial = try_extensions(home)
+        for failure in trial.failures:
+            log.warning("an extension fails, for all students: %s", failure)
+        for module in trial.modules:
+            with contextlib.suppress(Exception):  # as in the trial
+                importlib.import_module(module)
+        logging.disable(logging.CRITICAL)  # till the end of the rehearsal
+        rehearse_start(home, without=trial.extensions)
+
+    become = functools.partial(
+        become_server, OldHome(str(home)), said.getvalue(), trial.useless
+    )
     shutil.rmtree(home)
     release_memory()
     gc.freeze()  # a collection writes into each object, and unshares its page
@@ -5269,7 +5265,7 @@ async def rehearse_visit(app: Any) -> None:
         raise RuntimeError(f"a rehearsed log-in page: {answer[:100]!r}")
 
 
-# == Launch 3: the landing page ============================================================
+# == Launch 4: the landing page ============================================================
 #
 # The page on the base port leads every student to their own notebook. `Webserver` is the
 # launcher's side of it; `run_webserver` is the process, which is `nobody` and knows no
@@ -5577,7 +5573,7 @@ def run_webserver(channel: Channel) -> None:
     asyncio.run(serve_page(channel, site, context, listener))
 
 
-# == Launch 4: ports =======================================================================
+# == Launch 5: ports =======================================================================
 #
 # The launcher holds every student's port for as long as it runs, whether a server runs or
 # not. So no student can ever take a port of the course and collect the cookies and
@@ -5741,7 +5737,7 @@ def ensure_capacity(course: Course) -> None:
         ) from None
 
 
-# == Launch 5: the launcher ================================================================
+# == Launch 6: the launcher ================================================================
 #
 # A `Server` is the launcher's view of one student's server, from its port to its end. When
 # its process does not run, the launcher listens in its place, and a connection has it
