@@ -37,7 +37,7 @@ EXTENSIONS_PREFIX = /opt/notebooks-extensions
 EXTENSIONS = jupyter-collaboration jupyterlab-git jupyter-resource-usage jupyter-server-proxy \
     jupyterlab-lsp python-lsp-server ipympl nbgitpuller jupyter-archive nbclassic voila
 TEST_PACKAGES = acl chromium chromium-driver default-jre-headless exfat-fuse exfatprogs git \
-    libnss-extrausers openssl python3-venv tcc
+    libnss-extrausers openssl python3-venv strace tcc
 
 DEMO = $(PREFIX)-demo
 DEMO_CONFIG = $(DEMO)/notebooks.cfg

@@ -44,6 +44,7 @@ Forked       fork      launcher  pidfd of the fork  it has taken the order
 Exited       template  launcher  -                  a fork's pid and its exit code
 Trial        fork      template  -                  how all extensions have started
 Site         launcher  webserver listening socket   what the landing page shows
+Certificate  launcher  server    -                  new connections see this one
 NewPassword  webserver launcher  -                  what a student wishes; it comes back
                                                     with the answer
 SignOfLife   worker    command   -                  it is not stuck
@@ -83,6 +84,7 @@ import configparser
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import enum
 import errno
@@ -3252,6 +3254,7 @@ def pack_home(member: Member, fd: int, max_bytes: int) -> None:
 
 RUNTIME_DIR = Path("/var/lib/notebooks")
 CONFIG_DIR = RUNTIME_DIR / "config"  # root's, where servers look for configuration
+CONTROL_DIR = RUNTIME_DIR / "control"  # root's, with a socket of each server, by its port
 TEMPLATE_HOME = RUNTIME_DIR / "template"  # HOME of the helpers: nobody makes it
 # Shells read it, for /etc/profile sets PATH anew in those of a log-in.
 PATH_SCRIPT = CONFIG_DIR / "path.sh"
@@ -3267,6 +3270,7 @@ def runtime_dir_of(account: pwd.struct_passwd) -> Path:
 def ensure_config_dir() -> None:
     """Make root's directories. Whoever could list the upper one could keep it locked."""
     CONFIG_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
+    CONTROL_DIR.mkdir(mode=0o700, exist_ok=True)
     RUNTIME_DIR.chmod(0o711)
     # Without this file jupyter_core takes the directory for one of IPython 3's.
     (CONFIG_DIR / "migrated").touch(mode=0o644)
@@ -3298,6 +3302,17 @@ def clear_runtime_dir(member: Member) -> None:
         directory.rmdir()
 
 
+def bind_control_socket(port: int) -> socket.socket:
+    """Return the socket through which root alone tells a server what is new."""
+    path = CONTROL_DIR / str(port)
+    path.unlink(missing_ok=True)  # of an earlier server
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control.bind(str(path))
+    control.listen()
+    control.setblocking(False)
+    return control
+
+
 def ensure_rehearsal_home() -> Path:
     """Make an empty home for the template process that calls this."""
     ensure_config_dir()
@@ -3319,7 +3334,8 @@ def clear_empty_runtime_dir() -> None:
     """Remove RUNTIME_DIR once no student has a directory in it."""
     clear_rehearsal_homes()
     with contextlib.suppress(OSError):  # a launch may put something in at this moment
-        if os.listdir(RUNTIME_DIR) == [CONFIG_DIR.name]:
+        if {*os.listdir(RUNTIME_DIR)} <= {CONFIG_DIR.name, CONTROL_DIR.name}:
+            shutil.rmtree(CONTROL_DIR, ignore_errors=True)
             shutil.rmtree(CONFIG_DIR)
             RUNTIME_DIR.rmdir()
 
@@ -3658,67 +3674,119 @@ def delete_public_files(uids: Collection[int]) -> None:
 
 # == Certificate ===========================================================================
 #
-# TLS everywhere. Without a certificate of the teacher's, one is made for this host's names
-# and addresses, and kept beside the configuration file.
+# TLS everywhere. Without a certificate of the teacher's, `launch` makes an authority of the
+# course, which signs one certificate for this host's names and addresses. Nobody ever has
+# the authority's key again. So students can install it: it vouches for this host alone.
+# What browsers do not trust opens no WebSocket in Safari, and on no iPad at all.
 
-CERTIFICATE_DAYS = 397  # browsers refuse much longer ones
-CERTIFICATE_WARNING_DAYS = 14
+CERTIFICATE_DAYS = 820  # Apple takes 825 of an authority that a user has installed
+CERTIFICATE_WARNING_DAYS = 30
+RENEWAL_DAYS = 14  # our own is made anew so long before its end
+CERTIFICATE_LOOK_SECONDS = 24 * 3600.0  # between two looks at a certificate in use
+
+PRIVATE_KEY = re.compile(r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.+?-----END [A-Z ]+-----")
+
+# Arguments: days, the authority's name, what it may sign, what the certificate is for. The
+# keys are in the memory of these programs, in pipes and in what is printed: the server's
+# key, its certificate and the authority's certificate. Source: openssl-req(1ssl).
+MAKE_CERTIFICATE = r"""
+set -eu
+make() { openssl req -x509 -sha256 -days "$days" "$@"; }
+days=$1
+key=$(openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256)
+authority=$(printf '%s\n' "$key" | make -key /dev/stdin -subj "$2" \
+    -addext basicConstraints=critical,CA:TRUE,pathlen:0 \
+    -addext keyUsage=critical,keyCertSign -addext "nameConstraints=critical,$3")
+printf '%s\n' "$authority" | {
+    printf '%s\n' "$key" | make -CA /dev/fd/3 -CAkey /dev/stdin 3<&4 \
+        -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout - \
+        -subj "/CN=notebooks" -addext basicConstraints=critical,CA:FALSE \
+        -addext keyUsage=critical,digitalSignature -addext extendedKeyUsage=serverAuth \
+        -addext "$4"
+} 4<&0
+printf '%s\n' "$authority"
+"""
 
 
-class Certificate(NamedTuple):
-    """A PEM certificate chain and the file its key is in; only root need read them."""
+class Certificate(Message):
+    """A certificate chain and its key, in PEM format; it is served from now on."""
 
-    cert_file: Path
-    key_file: Path
+    path: str  # of the chain, for people
+    pem: str
+
+    @property
+    def chain(self) -> list[bytes]:
+        """The certificates in DER format, the server's first."""
+        block = r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----"
+        found = re.findall(block, self.pem, re.DOTALL)
+        return [ssl.PEM_cert_to_DER_cert(each) for each in found]
+
+    @property
+    def authority(self) -> bytes | None:
+        """The certificate of the course's own authority in DER format, if it has one."""
+        return self.chain[-1] if self.names and len(self.chain) > 1 else None
+
+    @property
+    def names(self) -> list[str]:
+        """What our own certificate is for, as its first line has it; nothing for others."""
+        kind, _, names = self.pem.partition("\n")[0].partition("=")
+        return names.split(",") if kind == "subjectAltName" else []
 
     def context(self) -> ssl.SSLContext:
-        """Return a TLS server's context; raises UsageError that says what is wrong."""
-        try:
-            cert_text, key_text = (path.read_text("latin-1") for path in self)
-        except OSError as error:
-            raise UsageError(
-                f"{error.filename}: the certificate or its key cannot be read:"
-                f" {error.strerror}; see the keys cert_file and key_file"
-            ) from None
-
+        """Return a TLS server's context; raises OSError or ValueError."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
+        with closing(os.memfd_create("certificate")) as fd:
+            os.write(fd, self.pem.encode("latin-1"))
             # An empty passphrase, or OpenSSL would ask for one on the terminal.
-            context.load_cert_chain(self.cert_file, self.key_file, lambda: b"")
-        except (ssl.SSLError, ValueError) as error:
-            fault = self.fault(cert_text, key_text, error)
-            raise UsageError(f"{self.cert_file}: {fault}") from None
+            context.load_cert_chain(f"/proc/self/fd/{fd}", password=lambda: b"")
         return context
 
-    def fault(self, cert_text: str, key_text: str, error: Exception) -> str:
-        """Say why OpenSSL refused the certificate or the key."""
-        reason = getattr(error, "reason", None) or ""
-        if "BEGIN CERTIFICATE" not in cert_text:
-            return "there is no certificate in it (PEM format)"
-        if "PRIVATE KEY" not in key_text:
-            return f"there is no key in {self.key_file} (PEM format); see key_file"
-        if "ENCRYPTED" in key_text:
-            return f"the key in {self.key_file} has a passphrase; remove that"
-        if reason.endswith("_MISMATCH") or reason == "NO_CERTIFICATE_ASSIGNED":
-            return f"the key in {self.key_file} is another certificate's"
-        return f"cannot be used for TLS: {reason or error}"
+    def days_left(self) -> float:
+        """Return for how many days it is valid: openssl-x509(1ssl)."""
+        command = ["openssl", "x509", "-noout", "-enddate", "-dateopt", "iso_8601"]
+        end = run_program(command, self.pem).strip().partition("=")[2]
+        left = datetime.datetime.fromisoformat(end) - datetime.datetime.now(datetime.UTC)
+        return left.total_seconds() / 86400
 
-    def valid_for(self, days: int) -> bool:
-        """Say whether it will still be valid in so many days."""
-        try:
-            self.ask_openssl("-checkend", str(days * 86400))
-        except Error:
-            return False
-        return True
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 fingerprint that browsers show."""
-        return self.ask_openssl("-fingerprint", "-sha256").strip().partition("=")[2]
+def read_certificate(cert_file: Path, key_file: Path) -> Certificate:
+    """Read a chain and its key, and see that they are of use; raises UsageError."""
+    try:
+        pem, key_text = (path.read_text("latin-1") for path in (cert_file, key_file))
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename}: the certificate or its key cannot be read:"
+            f" {error.strerror}; see the keys cert_file and key_file"
+        ) from None
 
-    def ask_openssl(self, *options: str) -> str:
-        """Return what openssl-x509(1ssl) says of the first certificate in the file."""
-        command = ["openssl", "x509", "-noout", *options, "-in", str(self.cert_file)]
-        return run_program(command)
+    if key_file != cert_file:  # either may hold more than it has to
+        pem = "\n".join([PRIVATE_KEY.sub("", pem), *PRIVATE_KEY.findall(key_text)])
+    certificate = Certificate(str(cert_file), pem)
+    try:
+        certificate.context()
+    except (OSError, ValueError) as error:
+        fault = certificate_fault(pem, key_file, error)
+        raise UsageError(f"{cert_file}: {fault}") from None
+    return certificate
+
+
+def certificate_fault(pem: str, key_file: Path, error: Exception) -> str:
+    """Say why OpenSSL refused a certificate or its key."""
+    reason = getattr(error, "reason", None) or ""
+    if "BEGIN CERTIFICATE" not in pem:
+        return "there is no certificate in it (PEM format)"
+    if "PRIVATE KEY" not in pem:
+        return f"there is no key in {key_file} (PEM format); see key_file"
+    if "ENCRYPTED" in pem:
+        return f"the key in {key_file} has a passphrase; remove that"
+    if reason.endswith("_MISMATCH") or reason == "NO_CERTIFICATE_ASSIGNED":
+        return f"the key in {key_file} is another certificate's"
+    return f"cannot be used for TLS: {reason or error}"
+
+
+def fingerprint(der: bytes) -> str:
+    """Return the SHA-256 fingerprint that browsers show."""
+    return hashlib.sha256(der).digest().hex(":").upper()
 
 
 def stable_ipv6_addresses() -> Iterator[str]:
@@ -3753,14 +3821,23 @@ def host_names(config: Config) -> list[str]:
 
 
 def make_certificate(path: Path, names: Sequence[str]) -> None:
-    """Write a self-signed certificate, its key, and its names in the first line."""
+    """Write an authority's certificate for names; their certificate and key before it.
+
+    The names are in the first line. Source: RFC 5280, 4.2.1.10 for name constraints.
+    """
+    permitted = []
+    for name in names:
+        kind, _, value = name.partition(":")
+        mask = ":".join(["ffff"] * 8) if ":" in value else "255.255.255.255"
+        value = f"{value}/{mask}" if kind == "IP" else value.removeprefix("*.")
+        permitted.append(f"permitted;{kind}:{value}")
+
+    host = re.sub(r"[^\w.-]", "-", socket.gethostname())
+    title = f"/CN=Notebooks on {host} since {time.strftime('%Y-%m-%d')}"
+    constraints = ",".join(dict.fromkeys(permitted))
     extension = f"subjectAltName={','.join(names)}"
-    pem = run_program(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-sha256"]
-        + ["-pkeyopt", "ec_paramgen_curve:P-256", "-days", str(CERTIFICATE_DAYS)]
-        + ["-subj", "/CN=notebooks.py", "-addext", "extendedKeyUsage=serverAuth"]
-        + ["-addext", extension, "-keyout", "-"]
-    )
+    arguments = [str(CERTIFICATE_DAYS), title, constraints, extension]
+    pem = run_program(["sh", "-c", MAKE_CERTIFICATE, "sh", *arguments])
     os.close(replace_private_file(path, f"{extension}\n{pem}".encode(), 0, 0))
 
 
@@ -3769,46 +3846,56 @@ def ensure_certificate(config: Config) -> Certificate:
     if not config.cert_file:
         return ensure_own_certificate(config)
 
-    certificate = Certificate(config.cert_file, config.key_file or config.cert_file)
-    certificate.context()
-    if not certificate.valid_for(0):
+    certificate = read_certificate(config.cert_file, config.key_file or config.cert_file)
+    days = certificate.days_left()
+    if days < 0:
         raise UsageError(f"{config.cert_file}: the certificate has expired; renew it")
-    if not certificate.valid_for(CERTIFICATE_WARNING_DAYS):
-        log.warning(
-            "%s: the certificate expires within %d days",
-            *(config.cert_file, CERTIFICATE_WARNING_DAYS),
-        )
+    if days < CERTIFICATE_WARNING_DAYS:
+        log.warning("%s: the certificate expires in %d days", config.cert_file, days)
     return certificate
 
 
 def ensure_own_certificate(config: Config) -> Certificate:
     """Return our own certificate, or raise UsageError if somebody else's is there."""
-    path = config.path.parent / CERTIFICATE_NAME
-    certificate, names = Certificate(path, path), host_names(config)
+    path, names = config.path.with_name(CERTIFICATE_NAME), host_names(config)
     if not path.exists():
         make_certificate(path, names)
-        return certificate
+        return read_certificate(path, path)
 
     try:
-        certificate.context()
+        certificate = read_certificate(path, path)
     except UsageError as error:
         raise UsageError(f"{error}; delete it, and a new one is made") from None
-    first_line = path.read_text("latin-1").partition("\n")[0]
-    if not first_line.startswith("subjectAltName="):
+    if not certificate.names:
         raise UsageError(
             f"{path}: was not made by notebooks.py; move it away, or name it in the"
             " key cert_file"
         )
 
-    # Addresses that the host has lost do no harm; a name that it has gained is missed.
-    known = first_line.removeprefix("subjectAltName=").split(",")
-    missing = [name for name in names if name not in known]
-    if missing or not certificate.valid_for(CERTIFICATE_WARNING_DAYS):
+    if not certificate.authority:
         log.warning(
-            "%s: made anew for %s; notebooks that run keep the old one until shutdown",
-            *(path, ", ".join(missing) or "its age"),
+            "%s: is of an earlier version, and no iPad opens notebooks with it; delete it,"
+            " and run launch again, for one that students can trust",
+            path,
         )
+    return renew_certificate(certificate, names)
+
+
+def renew_certificate(certificate: Certificate, names: Sequence[str]) -> Certificate:
+    """Return our own certificate, or a new one if it lacks names or is about to end."""
+    # Addresses that the host has lost do no harm; a name that it has gained is missed.
+    missing = [name for name in names if name not in certificate.names]
+    days = certificate.days_left()
+    again = "students who trust it have to install the new one, from /certificate"
+    if missing or days < RENEWAL_DAYS:
+        path, why = Path(certificate.path), ", ".join(missing) or "its age"
+        log.warning("%s: made anew for %s; %s", path, why, again)
         make_certificate(path, names)
+        return read_certificate(path, path)
+
+    if days < CERTIFICATE_WARNING_DAYS:
+        left = days - RENEWAL_DAYS
+        log.warning("%s: is made anew in %d days; then %s", certificate.path, left, again)
     return certificate
 
 
@@ -3919,8 +4006,7 @@ class ServerOrder(Message):
     debugger: bool = False
     tcp_kernels: bool = False
     own_packages: bool = False
-    cert_file: str = ""
-    key_file: str = ""
+    certificate: Certificate = Certificate("", "")
     # It may hold secrets.
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -4560,7 +4646,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "base_url": f"/{order.username}/",
             "port": order.port,
             "custom_display_url": order.url,
-            "certfile": order.cert_file,  # for its name; the key was read before
+            "certfile": order.certificate.path,  # for the address; it is served already
             "default_url": start_url,
             "root_dir": str(root_dir),
             # Not that of ContentsManager, which would run another event loop to check it.
@@ -4735,10 +4821,10 @@ def become_server(
         for standard in (0, 1, 2):
             os.dup2(terminal_fd, standard)
 
-    # The key is read while root may. Nothing of the student's is read before the ids are
-    # dropped, and nothing else can be done with root's afterwards.
+    # Nothing of the student's is read before the ids are dropped, and nothing can be done
+    # with root's afterwards.
     account = pwd.getpwnam(order.username)
-    context = Certificate(Path(order.cert_file), Path(order.key_file)).context()
+    control = bind_control_socket(order.port)
     resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
     with contextlib.suppress(OSError):  # in a container it may be higher already
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
@@ -4758,7 +4844,7 @@ def become_server(
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         app = make_app(order, account, without)
     os.chdir(account.pw_dir)  # not the start directory, which the student may replace
-    serve(app, context, socket.socket(fileno=listener_fd), said)
+    serve(app, order.certificate, [socket.socket(fileno=listener_fd), control], said)
 
 
 def make_app(
@@ -4823,9 +4909,12 @@ class StartOutput(io.StringIO):
 
 
 def serve(
-    app: Any, context: ssl.SSLContext, listener: socket.socket, said: StartOutput
+    app: Any,
+    certificate: Certificate,
+    listeners: Sequence[socket.socket],
+    said: StartOutput,
 ) -> None:
-    """Run the application on the listening socket, until SIGTERM or for long idle.
+    """Run the application on its listening socket, until SIGTERM or for long idle.
 
     Step 8 of a start. `app.start` prints the address, for which `watch_start` waits in the
     launcher, and then runs the event loop, whose first callback leaves the terminal. The
@@ -4836,15 +4925,30 @@ def serve(
 
     server = HTTPServer(
         app.web_app,
-        ssl_options=context,
+        ssl_options=certificate.context(),
         max_body_size=app.max_body_size,
         max_buffer_size=app.max_buffer_size,
         idle_connection_timeout=IDLE_CONNECTION_SECONDS,
     )
+    listener, control = listeners
     listener.setblocking(False)
     server.add_sockets([listener])
+    app.io_loop.add_callback(take_certificates, server, control)
     app.io_loop.add_callback(move_output_to_log, said)
     app.start()
+
+
+async def take_certificates(server: Any, control: socket.socket) -> NoReturn:
+    """Serve new connections with each certificate that the launcher sends."""
+    while True:
+        await wait_readable(control.fileno())
+        with contextlib.suppress(OSError, EOFError, ValueError):  # it was killed
+            connection, _ = control.accept()
+            with Channel(fileno=connection.detach()) as channel:
+                await wait_readable(channel.fileno(), ANSWER_SECONDS)
+                message, _ = channel.receive_message()
+                if isinstance(message, Certificate):
+                    server.ssl_options = message.context()
 
 
 def move_output_to_log(said: StartOutput) -> None:
@@ -4876,6 +4980,7 @@ def move_output_to_log(said: StartOutput) -> None:
 # student's secrets, and no other student's server can have them in its memory.
 
 START_SECONDS = 60.0  # for a fork to answer, and again for a server to name its address
+ANSWER_SECONDS = 5.0  # in which the launcher must have said what it has to say
 STOP_SECONDS = 1.5  # in which a helper must have ended
 EXIT_REPORT_SECONDS = 1.0  # in which a template has reported an end that we see
 TEMPLATE_TITLE = "notebooks.py: template process"
@@ -4930,7 +5035,6 @@ class Helper:
     role: str
     course: Path  # its configuration file, for those who look at `ps`
     proven: bool = False  # it has been ready once: if it ends it is started again
-    replaced: bool = False  # we have killed it: the next one is told other things
     child: Child | None = None
     # Set as long as a process can do its work.
     ready: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
@@ -4956,9 +5060,6 @@ class Helper:
 
             if not self.proven:
                 raise Error(f"the {self.role} cannot start; what it said is above")
-            if self.replaced:
-                self.replaced = False
-                continue
             delay = restart_delay(delay, started)
             log.error(
                 "the %s %s; starting it again in %.0f s%s",
@@ -4997,12 +5098,6 @@ class Helper:
         except OSError as error:
             log.error("the %s does not listen: %s", self.role, explain(error))
             self.child.send_signal(signal.SIGKILL)  # run_once sees its end
-
-    def replace(self) -> None:
-        """Have another process started, which `greet` tells what counts now."""
-        if self.child:  # else it is waiting to be started again
-            self.replaced = True
-            self.child.send_signal(signal.SIGKILL)
 
 
 class Fork(Process):
@@ -5317,8 +5412,7 @@ class Site(Message):
     title: str
     address: str
     port: int
-    cert_file: str
-    key_file: str
+    certificate: Certificate
     shown: list[tuple[str, str, int]]
     ports: dict[str, int]
 
@@ -5498,11 +5592,30 @@ def visited_host(request: Any) -> str:
     return host if plain else socket.getfqdn()
 
 
-async def serve_page(
-    channel: Channel, site: Site, context: ssl.SSLContext, listener: socket.socket
-) -> None:
+def first_byte_server(server: Any, settings: Mapping[str, Any]) -> Any:
+    """Return what takes connections for a server of HTTP, with TLS or without."""
+    from tornado import iostream, tcpserver
+
+    class FirstByteServer(tcpserver.TCPServer):
+        async def handle_stream(
+            self, stream: iostream.IOStream, address: tuple[Any, ...]
+        ) -> None:
+            try:
+                await wait_readable(stream.socket.fileno(), PAGE_SECONDS)
+                if stream.socket.recv(1, socket.MSG_PEEK) == TLS_HANDSHAKE:
+                    handshake = stream.start_tls(True, settings["context"])
+                    stream = await asyncio.wait_for(handshake, PAGE_SECONDS)
+                server.handle_stream(stream, address)
+            except OSError:  # TimeoutError and StreamClosedError too
+                if stream.socket:  # else start_tls has it, and has closed it
+                    stream.close()
+
+    return FirstByteServer()
+
+
+async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> None:
     """Serve the base port until the launcher is gone: TLS, or a redirect to it."""
-    from tornado import httpserver, iostream, tcpserver, web
+    from tornado import httpserver, web
 
     turn, answers = asyncio.Lock(), asyncio.Queue[NewPassword]()
     places = asyncio.Semaphore(MAX_TRIES)
@@ -5518,7 +5631,8 @@ async def serve_page(
 
     page = page_handler()
     handlers = [(f"/{PASSWORD_PATH}", password_handler(page)), (r"/(.*)", page)]
-    application = web.Application(handlers, site=site, ask=ask)
+    context = site.certificate.context()
+    application = web.Application(handlers, site=site, context=context, ask=ask)
     server = httpserver.HTTPServer(
         application,
         no_keep_alive=True,
@@ -5528,34 +5642,21 @@ async def serve_page(
         max_body_size=1024,
     )
 
-    class FirstByteServer(tcpserver.TCPServer):
-        async def handle_stream(
-            self, stream: iostream.IOStream, address: tuple[Any, ...]
-        ) -> None:
-            try:
-                await wait_readable(stream.socket.fileno(), PAGE_SECONDS)
-                if stream.socket.recv(1, socket.MSG_PEEK) == TLS_HANDSHAKE:
-                    handshake = stream.start_tls(True, context)
-                    stream = await asyncio.wait_for(handshake, PAGE_SECONDS)
-                server.handle_stream(stream, address)
-            except OSError:  # TimeoutError and StreamClosedError too
-                if stream.socket:  # else start_tls has it, and has closed it
-                    stream.close()
-
     listener.setblocking(False)
-    FirstByteServer().add_socket(listener)
+    first_byte_server(server, application.settings).add_socket(listener)
     with contextlib.suppress(OSError):  # the launcher is gone: seen below
         channel.send_message(Ready())
 
     async for message in channel.messages():  # until the launcher is gone
         if isinstance(message, NewPassword):
             answers.put_nowait(message)
-        else:
-            application.settings["site"] = message
+        elif isinstance(message, Site):
+            context = message.certificate.context()
+            application.settings.update(site=message, context=context)
 
 
 def run_webserver(channel: Channel) -> None:
-    """Serve the landing page. Runs as: root until it has read the key, then nobody."""
+    """Serve the landing page. Runs as: nobody, once it has its title."""
     setproctitle.setproctitle(WEBSERVER_TITLE)
     logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
     try:
@@ -5564,13 +5665,12 @@ def run_webserver(channel: Channel) -> None:
         return
     assert isinstance(site, Site)
 
-    context = Certificate(Path(site.cert_file), Path(site.key_file)).context()
     # Without an exec, other processes of nobody's can neither trace nor read this one.
     nobody = pwd.getpwnam("nobody")
     drop_privileges(Identity(nobody.pw_uid, nobody.pw_gid, (nobody.pw_gid,)))
     release_memory()
     listener = socket.socket(fileno=fd)
-    asyncio.run(serve_page(channel, site, context, listener))
+    asyncio.run(serve_page(channel, site, listener))
 
 
 # == Launch 5: ports =======================================================================
@@ -5922,7 +6022,22 @@ class Server:
             failed.callback(process.send_signal, signal.SIGKILL)
             await watch_start(terminal_fd, order.url)
             failed.pop_all()
+        if order.certificate != context.certificate:  # it has come meanwhile
+            self.hand_over(context.certificate)
         return process
+
+    def hand_over(self, certificate: Certificate) -> None:
+        """Have the process that runs serve with another certificate from now on."""
+        try:
+            with Channel(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
+                channel.setblocking(False)  # its student may have stopped it
+                channel.connect(str(CONTROL_DIR / str(self.port)))
+                channel.send_message(certificate, wait=False)
+        except OSError as error:
+            log.warning(
+                "%s: keeps the old certificate until its next start: %s",
+                *(self.username, explain(error)),
+            )
 
     def check_account(self) -> pwd.struct_passwd:
         """Return the account as it is now, perhaps months after launch; raises Error."""
@@ -5976,8 +6091,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         busy_minutes=config.busy_minutes,
         debugger=config.debugger,
         tcp_kernels=config.tcp_kernels,
-        cert_file=str(certificate.cert_file),
-        key_file=str(certificate.key_file),
+        certificate=certificate,
         own_packages=config.own_packages,
         environment={**kept, **config.environment},
     )
@@ -6024,7 +6138,6 @@ class Launcher:
         slots = asyncio.Semaphore(os.cpu_count() or 1)
         self.context = StartContext(course.config, certificate, template, slots)
         self.options = course.options
-        self.fingerprint = certificate.fingerprint()
         self.servers: dict[str, Server] = {}
         self.web = Webserver(
             course=path, listener=base_listener, site=self.site, change=self.change_password
@@ -6070,8 +6183,7 @@ class Launcher:
             title=config.web_title,
             address=config.server_address,
             port=config.port,
-            cert_file=str(self.context.certificate.cert_file),
-            key_file=str(self.context.certificate.key_file),
+            certificate=self.context.certificate,
             shown=rows if config.list_students else [],
             ports={username: port for username, _, port in rows},
         )
@@ -6086,7 +6198,8 @@ class Launcher:
         # `command_launch` has blocked it: until now it would have ended us.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
-        status = loop.create_task(self.show_status())
+        extra = [self.show_status(), self.watch_certificate()]
+        status = [loop.create_task(each) for each in extra]
         work: list[Any] = [
             *(stop.wait(), self.run_servers()),
             *(self.context.template.run(), self.web.run()),
@@ -6096,7 +6209,7 @@ class Launcher:
 
         # All at once, or a server that is starting would report the template's end.
         tending = [server.task for server in self.servers.values() if server.task]
-        await end_tasks([status, *tasks, *tending])
+        await end_tasks([*status, *tasks, *tending])
         running = self.count(ServerState.RUNNING)
         say(f"The web page has ended. Notebook servers that run on: {running}.")
         for task in done:
@@ -6117,7 +6230,8 @@ class Launcher:
         ports = [config.port, *(server.port for server in servers)]
         say(f"{running} of {len(servers)} notebook servers run.")
         say(f"The firewall must let in TCP ports {min(ports)} to {max(ports)}.")
-        say(f"Fingerprint of the certificate (SHA-256): {self.fingerprint}")
+        digest = fingerprint(self.context.certificate.chain[0])
+        say(f"Fingerprint of the certificate (SHA-256): {digest}")
         say(f"Ready: https://{visible_address(config)}:{config.port}/")
         self.announced = True
         release_memory()
@@ -6129,6 +6243,26 @@ class Launcher:
 
     def count(self, state: ServerState) -> int:
         return sum(server.state is state for server in self.servers.values())
+
+    def hand_over(self, certificate: Certificate) -> None:
+        """Serve with a certificate from now on, on all ports."""
+        self.context.certificate = certificate
+        for server in self.servers.values():
+            if server.process:
+                server.hand_over(certificate)
+
+    async def watch_certificate(self) -> NoReturn:
+        """Look once a day if the certificate is another, or ends soon."""
+        while True:
+            await asyncio.sleep(CERTIFICATE_LOOK_SECONDS)
+            try:
+                look = functools.partial(ensure_certificate, self.context.config)
+                certificate = await asyncio.to_thread(look)
+                if certificate != self.context.certificate:
+                    self.hand_over(certificate)
+                    self.web.greet()
+            except (Error, OSError) as error:
+                log.error("the certificate: %s", explain(error))
 
     async def show_status(self) -> None:
         """Keep a line on the terminal up to date, if this is one."""
@@ -6173,7 +6307,6 @@ class Launcher:
             config = dataclasses.replace(course.config, port=self.context.config.port)
             course = dataclasses.replace(course, config=config, options=self.options)
             certificate = ensure_certificate(config)
-            fingerprint = certificate.fingerprint()
             ensure_capacity(course)
             with course.roster.locked():
                 gone = self.servers_not_in(course.roster)
@@ -6191,14 +6324,13 @@ class Launcher:
             self.web.greet()
             return
 
-        self.context.config, self.context.certificate = config, certificate
+        self.context.config = config
+        if certificate != self.context.certificate:
+            self.hand_over(certificate)
         new = [server for server in self.servers.values() if not server.task]
         for server in new:
             server.start_tending(self.context)
         self.web.greet()
-        if fingerprint != self.fingerprint:  # only a new process can read another key
-            self.fingerprint = fingerprint
-            self.web.replace()
         say(f"Reloaded: {counted(len(new), 'student')} came, {len(gone)} left.")
 
     async def change_password(self, wish: NewPassword) -> None:
@@ -6770,6 +6902,7 @@ def command_launch(course: Course) -> int:
     launcher = Launcher(course, certificate, bind_base_port(config))
     with roster.locked():
         outcome = launcher.open_servers(course)
+    launcher.hand_over(certificate)  # to those that were adopted
     status = asyncio.run(launcher.run())
     return 1 if outcome.failures else status
 

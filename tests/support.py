@@ -221,6 +221,19 @@ def in_child(function: Callable[[], Value]) -> Value:
     return value
 
 
+def memory_of(process: psutil.Process) -> Iterator[bytes]:
+    """Yield the memory of a process, each mapping in one piece."""
+    maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+    with open(f"/proc/{process.pid}/mem", "rb", buffering=0) as memory:
+        for line in maps:
+            span, rights = line.split()[:2]
+            if rights.startswith("rw") and "[v" not in line:
+                start, end = (int(number, 16) for number in span.split("-"))
+                memory.seek(start)
+                with contextlib.suppress(OSError):
+                    yield memory.read(end - start)
+
+
 def is_ours(process: psutil.Process) -> bool:
     """Say whether it runs in the tests' mount namespace: a zombie no longer does."""
     try:

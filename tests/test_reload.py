@@ -3,15 +3,26 @@
 import fcntl
 import pwd
 import signal
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
 import notebooks
-from support import Course, Launch, LogInRefused, Notebook, fetch, is_ours, wait_until
+from support import (
+    Course,
+    Launch,
+    LogInRefused,
+    Notebook,
+    fetch,
+    is_ours,
+    make_certificate,
+    wait_until,
+)
 
 pytestmark = pytest.mark.root
 
@@ -137,23 +148,89 @@ def test_settings_count_at_once_where_they_can(course: Course, launch: Launch) -
     assert course.server(course.students[0]) == server
 
 
-def test_a_renewed_certificate_is_shown_and_used_by_what_starts_later(
-    course: Course, launch: Launch
+def served(course: Course, port: int) -> str:
+    """Return the certificate that a new connection sees, in PEM format."""
+    return ssl.get_server_certificate(("localhost", port))
+
+
+def test_a_renewed_certificate_reaches_all_that_runs(
+    course: Course, launch: Launch, tmp_path: Path
 ) -> None:
-    old = course.context()
+    """The page, servers, an open tab, and what starts later; nothing ends for it."""
+    first, second = course.students[:2]
+    ports = [course.port, *(int(course.rows()[x]["port"]) for x in (first, second))]
+    processes = [launch.helper("webserver"), *map(course.server, (first, second))]
+    notebook = course.notebook(first)
+    request = notebook.submit("import time; time.sleep(4); print('computed')")
+    old = {served(course, port) for port in ports}
+
     (course.directory / "notebooks.pem").unlink()
     reload(launch)
-    new = course.context()
-    assert fetch(course.url, context=new).status == 200
-    first, second = course.students[:2]
-    assert fetch(f"{course.notebook_url(first)}login", context=old).status == 200
-    course.server(second).kill()
-    assert fetch(f"{course.notebook_url(second)}login", context=new).status == 200
-    course.server(first).kill()
-    course.notebook(first)
+    new = (course.directory / "notebooks.pem").read_text()
+    wait_until(lambda: {served(course, x) for x in ports} - old, 10, "the new certificate")
+    wait_until(lambda: len({served(course, x) for x in ports}) == 1, 10, "it everywhere")
+    shown = served(course, ports[0])
+    assert shown in new and shown not in old
+    assert [launch.helper("webserver"), *map(course.server, (first, second))] == processes
+    assert notebook.output_of(request) == "computed"
+    notebook.context = course.context()
+    notebook.api(
+        "PUT", "contents/saved.txt", {"type": "file", "format": "text", "content": ""}
+    )
+
+    processes[2].kill()
+    wait_until(lambda: not is_ours(processes[2]), 10, "its end")
+    assert (
+        fetch(f"{course.notebook_url(second)}login", context=course.context()).status == 200
+    )
+    # One of the teacher's, with another kind of key.
+    cert, key = make_certificate(tmp_path, key="rsa")
+    course.configure(cert_file=cert, key_file=key)
+    reload(launch)
+    for port in ports:
+        wait_until(lambda x=port: served(course, x) in cert.read_text(), 10, "that")  # type: ignore[misc]
+    course.configure(cert_file="", key_file="")
+    reload(launch)
+    assert "keeps the old certificate" not in launch.output
 
 
-def test_a_webserver_that_is_being_replaced_comes_with_the_renewed_certificate(
+def test_a_server_of_an_earlier_launch_gets_the_certificate_of_the_next(
+    make_course: Callable[..., Course],
+) -> None:
+    course = make_course(2)
+    course.check("setup")
+    launch = course.launch().wait_ready()
+    launch.stop()
+    (course.directory / "notebooks.pem").unlink()
+    servers = [*map(course.server, course.students)]
+    servers[1].suspend()
+    Path(
+        notebooks.CONTROL_DIR, str(int(course.rows()[course.students[1]]["port"]))
+    ).unlink()
+    later = course.launch().wait_ready()
+    assert f"{course.students[1]}: keeps the old certificate until" in later.output
+    servers[1].resume()
+    new = (course.directory / "notebooks.pem").read_text()
+    port = int(course.rows()[course.students[0]]["port"])
+    wait_until(lambda: served(course, port) in new, 10, "the new certificate")
+    assert [*map(course.server, course.students)] == servers
+
+
+def test_no_student_gives_a_server_a_certificate(course: Course) -> None:
+    """Its socket is behind a directory of root's."""
+    username = course.students[0]
+    path = f"{notebooks.CONTROL_DIR}/{course.rows()[username]['port']}"
+    connect = f"import socket; socket.socket(1, 5).connect({path!r})"
+    as_student = ["setpriv", "--reuid", username, "--regid", username, "--init-groups"]
+    command = [*as_student, "/usr/bin/python3", "-c", connect]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "PermissionError" in done.stderr
+    subprocess.run(command[len(as_student) :], check=True)
+    before = served(course, int(course.rows()[username]["port"]))
+    assert before == served(course, course.port)
+
+
+def test_a_webserver_that_starts_again_comes_with_the_renewed_certificate(
     course: Course, launch: Launch
 ) -> None:
     launch.helper("webserver").kill()

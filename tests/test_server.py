@@ -555,24 +555,11 @@ def test_no_student_and_no_server_has_the_key(running: Running) -> None:
         assert str(certificate) not in links
 
 
-def memory_of(process: psutil.Process) -> Iterator[bytes]:
-    """Yield the memory of a process, each mapping in one piece."""
-    maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-    with open(f"/proc/{process.pid}/mem", "rb", buffering=0) as memory:
-        for line in maps:
-            span, rights = line.split()[:2]
-            if rights.startswith("rw") and "[v" not in line:
-                start, end = (int(number, 16) for number in span.split("-"))
-                memory.seek(start)
-                with contextlib.suppress(OSError):
-                    yield memory.read(end - start)
-
-
 def secrets_in(process: psutil.Process, course: Course) -> set[tuple[str, str]]:
     """Return whose password, system password or password's hash is in the memory."""
     words = passwords(course)
     found = set()
-    for data in memory_of(process):
+    for data in support.memory_of(process):
         for username, (notebook_password, system_password) in words.items():
             if notebook_password in data:
                 found.add((username, "nb-pass"))
