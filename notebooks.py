@@ -95,7 +95,6 @@ import gc
 import grp
 import hashlib
 import hmac
-import html
 import importlib
 import importlib.util
 import io
@@ -700,6 +699,21 @@ def release_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
 
 
+# == Tools: classes on top of others' ======================================================
+#
+# Jupyter and Tornado are imported in template processes and the webserver alone. So a class
+# of ours names the one that it extends, which becomes its base there.
+
+Upstream: Any = object  # a class of theirs, which comes after ours in the order of bases
+
+
+def with_upstream(ours: Any, **values: object) -> Any:
+    """Return a class of ours on top of the one that it names as its `upstream`."""
+    module, _, name = ours.upstream.rpartition(".")
+    bases = ours, getattr(importlib.import_module(module), name)
+    return types.new_class(ours.__name__, bases, exec_body=lambda body: body.update(values))
+
+
 # == The accounts of this host =============================================================
 #
 # What passwd(5), shadow(5), group(5) and login.defs(5) say, and who may do what.
@@ -1063,6 +1077,13 @@ def parse_patterns(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+def parse_language(text: str) -> str:
+    languages = sorted({*itertools.chain(*read_phrases().values())})
+    if text.lower() not in languages:
+        raise ValueError(f"must be one of {', '.join(languages)}")
+    return text.lower()
+
+
 parse_group = matching(
     USERNAME.pattern, "a group name: lower-case letters, digits, - and _"
 )
@@ -1095,6 +1116,7 @@ class Config:
     key_file: Path | None = setting("Launch", optional(parse_path))
     server_address: str = setting("Launch", parse_address)
     web_title: str = setting("Launch", str, "Notebooks")
+    language: str = setting("Launch", parse_language, "en")
     root_dir: PurePath | None = setting("Launch", optional(parse_home_path))
     launch_dir: PurePath | None = setting("Launch", optional(parse_home_path))
     start_page: str = setting("Launch", matching("tree|lab", "tree or lab"), "tree")
@@ -3741,12 +3763,15 @@ class Certificate(Message):
             context.load_cert_chain(f"/proc/self/fd/{fd}", password=lambda: b"")
         return context
 
-    def days_left(self) -> float:
-        """Return for how many days it is valid: openssl-x509(1ssl)."""
+    def end(self) -> datetime.datetime:
+        """Return when it ends: openssl-x509(1ssl)."""
         command = ["openssl", "x509", "-noout", "-enddate", "-dateopt", "iso_8601"]
         end = run_program(command, self.pem).strip().partition("=")[2]
-        left = datetime.datetime.fromisoformat(end) - datetime.datetime.now(datetime.UTC)
-        return left.total_seconds() / 86400
+        return datetime.datetime.fromisoformat(end)
+
+
+def days_until(end: datetime.datetime) -> float:
+    return (end - datetime.datetime.now(datetime.UTC)).total_seconds() / 86400
 
 
 def read_certificate(cert_file: Path, key_file: Path) -> Certificate:
@@ -3847,7 +3872,7 @@ def ensure_certificate(config: Config) -> Certificate:
         return ensure_own_certificate(config)
 
     certificate = read_certificate(config.cert_file, config.key_file or config.cert_file)
-    days = certificate.days_left()
+    days = days_until(certificate.end())
     if days < 0:
         raise UsageError(f"{config.cert_file}: the certificate has expired; renew it")
     if days < CERTIFICATE_WARNING_DAYS:
@@ -3885,7 +3910,7 @@ def renew_certificate(certificate: Certificate, names: Sequence[str]) -> Certifi
     """Return our own certificate, or a new one if it lacks names or is about to end."""
     # Addresses that the host has lost do no harm; a name that it has gained is missed.
     missing = [name for name in names if name not in certificate.names]
-    days = certificate.days_left()
+    days = days_until(certificate.end())
     again = "students who trust it have to install the new one, from /certificate"
     if missing or days < RENEWAL_DAYS:
         path, why = Path(certificate.path), ", ".join(missing) or "its age"
@@ -3901,56 +3926,377 @@ def renew_certificate(certificate: Certificate, names: Sequence[str]) -> Certifi
 
 # == Pages =================================================================================
 #
-# What people see before they have logged in: the landing page, and the log-in and log-out
-# pages of notebook servers, which are templates (Jinja). They need no file and no network.
+# What people see before they are in their notebook: the pages of the webserver, and the
+# log-in and log-out pages of notebook servers. They are templates of Jinja, which escapes
+# what it is given; what they say is in the next chapter. They need no file and no network,
+# and work without JavaScript. Their measure is WCAG 2.1 AA: tests/test_pages.py.
 
 MAX_SHOWN_NAME = 100  # characters
+# No user name begins with a hyphen.
+PASSWORD_PATH, TRUST_PATH, SOCKET_PATH = "-password", "-certificate", "-socket"
+AUTHORITY_PATHS = ("-certificate.crt", "certificate")
 
 STYLE = """
 body { font: 1.1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 40rem;
        padding: 1rem; color: #222; background: #fff; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; } a { color: inherit; }
-form { display: flex; gap: .5rem; flex-wrap: wrap; margin: 1.5rem 0; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; } a { color: inherit; }
+form { display: flex; gap: .5rem; flex-wrap: wrap; align-items: end; margin: 1.5rem 0; }
+label { flex: 100 1 12rem; }
 input, button { font: inherit; padding: .5rem .8rem; border: 1px solid #767676;
                 border-radius: .4rem; }
-input { flex: 100 1 12rem; min-width: 0; }
+input { width: 100%; box-sizing: border-box; color: inherit; background: inherit; }
 button { flex: 1 0 auto; background: #a8470b; border-color: #a8470b; color: #fff; }
 ul { list-style: none; padding: 0; }
-li a { display: flex; justify-content: space-between; gap: 1rem; padding: .6rem .2rem;
-       border-bottom: 1px solid #ddd; text-decoration: none; }
-li a:hover, li a:focus { background: #f6efe8; } code { color: #666; }
-.message { border-left: .3rem solid #a8470b; padding: .3rem .8rem; }
+li a { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem;
+       padding: .6rem .2rem; border-bottom: 1px solid #ddd; text-decoration: none; }
+li a:hover, li a:focus { background: #f6efe8; } code { color: #595959; }
+:focus-visible { outline: .2rem solid #a8470b; outline-offset: .1rem; }
+.message { border-inline-start: .3rem solid #a8470b; padding: .3rem .8rem; }
+summary { cursor: pointer; padding: .4rem 0; } [hidden] { display: none; }
 @media (prefers-color-scheme: dark) {
-  body { color: #e6e6e6; background: #191919; } input { background: #222; color: inherit; }
-  li a { border-color: #444; } li a:hover, li a:focus { background: #2c2620; }
-  code { color: #aaa; } }
+  body { color: #e6e6e6; background: #191919; } li a { border-color: #444; }
+  li a:hover, li a:focus { background: #2c2620; } code { color: #b0b0b0; }
+  :focus-visible { outline-color: #f0a070; } }
 """
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{title}</title>
+# The list of students follows what is typed. And the page tries a WebSocket before a
+# notebook needs one: what fails is told, and why, as far as `SocketHandler` knows.
+SCRIPT = r"""
+"use strict";
+for (const link of document.querySelectorAll("[data-any-host]"))
+  link.hostname = location.hostname;
+
+const list = document.getElementById("students");
+if (list) {
+  const form = document.querySelector("form"), field = form.elements.username;
+  const plain = text => text.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
+  const shown = () => [...list.children].filter(row => !row.hidden);
+  field.oninput = () => {
+    const wanted = plain(field.value.trim());
+    for (const row of list.children) row.hidden = !plain(row.textContent).includes(wanted);
+    document.getElementById("found").textContent =
+      wanted && `${shown().length} / ${list.children.length}`;
+  };
+  form.onsubmit = event => {
+    if (shown().length === 1) {
+      event.preventDefault();
+      location.assign(shown()[0].querySelector("a").href);
+    }
+  };
+}
+
+const trouble = document.getElementById("trouble"), go = document.getElementById("go");
+let isKnown = false;
+async function tell(isOpen, address) {
+  if (isKnown) return;
+  isKnown = true;
+  if (isOpen) {
+    document.cookie = "notebooks-socket=1; path=/; max-age=43200; secure; samesite=lax";
+    if (go) location.replace(go.href);
+    return;
+  }
+  address.searchParams.set("failed", trouble.dataset.student);
+  const answer = await fetch(address).then(each => each.text(), () => "");
+  if (answer === "network") trouble.querySelector(".certificate")?.remove();
+  trouble.hidden = false;
+}
+if (trouble) {
+  const address = new URL(trouble.dataset.socket, location);
+  address.searchParams.set("try", Math.random().toString(36).slice(2));
+  const socket = new WebSocket(address.href.replace(/^http/, "ws"));
+  socket.onopen = () => { tell(true, address); socket.close(); };
+  socket.onerror = socket.onclose = () => tell(false, address);
+  setTimeout(tell, 10000, false, address);
+}
+"""
+
+TEMPLATES = {
+    "course.html": """<!DOCTYPE html>
+<html lang="{{ language }}">
+<head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{style}</style></head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
+<style>{{ style }}</style>{% block head %}{% endblock %}</head>
+<body><main>
+<h1 dir="auto">{{ title }}</h1>
+{% for text in messages %}<p class="message" role="alert">{{ text }}</p>
+{% endfor %}
+{% block body %}{% endblock %}
+{% if socket %}<div id="trouble" class="message" role="alert" hidden
+ data-socket="{{ socket }}" data-student="{{ username }}">
+{% if trust %}<p class="certificate">{{ _("no_certificate") }}
+<a href="{{ trust }}" {{ any_host }}>{{ _("trust") }}</a></p>{% endif %}
+<p>{{ _("no_network", ports=ports) }}</p></div>{% endif %}
+</main><script>{{ script }}</script></body>
 </html>
+""",
+    "landing.html": """{% extends "course.html" %}{% block body %}
+<form action="{{ action }}" method="get">
+{% if query is not none %}<input type="hidden" name="query" value="{{ query }}">{% endif %}
+<label>{{ _("find" if students else "username") }}
+<input name="username" required autocapitalize="none" autocomplete="username"
+ spellcheck="false"></label>
+<button>{{ _("open") }}</button></form>
+{% if students %}<p id="found" role="status"></p>
+<ul id="students">
+{% for username, name, _ in students %}<li><a href="{{ link }}{{ username }}">
+<bdi>{{ name or username }}</bdi>{% if name %} <code>{{ username }}</code>{% endif %}
+</a></li>
+{% endfor %}</ul>{% endif %}
+{% endblock %}""",
+    "wait.html": """{% extends "course.html" %}{% block head %}{% if target %}<noscript>
+<meta http-equiv="refresh" content="0; url={{ target }}"></noscript>{% endif %}
+{% endblock %}{% block body %}{% if target %}
+<p><a id="go" href="{{ target }}">{{ _("go") }}</a></p>{% endif %}{% endblock %}""",
+    "password.html": """{% extends "course.html" %}{% block body %}
+{% if is_changed %}<p><a href="/">{{ _("to_page") }}</a></p>
+{% else %}<p>{{ _("save_first") }}</p>
+<form method="post">
+<label>{{ _("username") }}<input name="username" value="{{ username }}" required
+ autocapitalize="none" autocomplete="username" spellcheck="false"></label>
+{% for name, use in [("old", "current"), ("new", "new"), ("again", "new")] %}
+<label>{{ _(name) }}<input name="{{ name }}" type="password" required
+ autocomplete="{{ use }}-password"></label>
+{% endfor %}<button>{{ _("change") }}</button></form>{% endif %}
+{% endblock %}""",
+    "trust.html": """{% extends "course.html" %}{% block body %}
+<h2>{{ _("trust") }}</h2>
+<p>{{ _("trust_what", names=names) }}</p>
+<p><a href="/{{ file }}">{{ _("get") }}</a></p>
+<p>{{ _("compare") }} <code>{{ fingerprint }}</code></p>
+{% for system, label, is_own in systems %}<details{% if is_own %} open{% endif %}>
+<summary>{{ label }}</summary><p>{{ _(system) }}</p></details>
+{% endfor %}<p>{{ _("afterwards") }} <a href="/">{{ _("to_page") }}</a></p>
+{% endblock %}""",
+    # Of Jupyter's: the page that it renders as log-in and as log-out.
+    "login.html": """{% extends "course.html" %}
+{% set is_out = message and message.info %}
+{% block body %}
+{% if message and message.error %}<p class="message" role="alert">{{ _("wrong") }}</p>
+{% endif %}<h2>{{ _("logged_out" if is_out else "notebook_of") }}
+{% if order.name %}<bdi>{{ order.name }}</bdi>, {% endif %}<code>{{ order.username }}</code>
+</h2>
+{% if is_out %}<p><a href="{{ base_url }}login">{{ _("again_in") }}</a></p>
+{% else %}<form action="{{ base_url }}login?next={{ next }}" method="post">
+{{ xsrf_form_html() | safe }}
+<input name="username" value="{{ order.username }}" autocomplete="username" hidden>
+<label>{{ _("password") }}<input name="password" type="password" required autofocus
+ autocomplete="current-password"></label>
+<button>{{ _("log_in") }}</button></form>
+<p>{{ _("which") }} <a href="{{ order.page_url }}-password?username={{ order.username }}"
+ {{ any_host }}>{{ _("change") }}</a></p>{% endif %}
+<p><a href="{{ order.page_url }}" {{ any_host }}>
+{{ _("to_page" if is_out else "not_yours") }}</a></p>
+{% endblock %}""",
+}
+TEMPLATES["logout.html"] = TEMPLATES["login.html"]
+
+# What the page of the certificate tells first to whom: by the browser's own words.
+SYSTEMS = (
+    ("ios", "iPad, iPhone", "iPad|iPhone|Macintosh.*Safari"),  # an iPad says it is a Mac
+    ("mac", "Mac", "Macintosh"),
+    ("android", "Android", "Android"),
+    ("windows", "Windows", "Windows"),
+    ("chrome", "Chromebook, Linux", "CrOS|Linux(?!.*Android)"),
+    ("firefox", "Firefox", "Firefox"),
+)
+
+
+def add_pages(environment: Any, language: str, **values: object) -> None:
+    """Give an environment of Jinja's our pages, in a language, before its own."""
+    from jinja2 import ChoiceLoader, DictLoader
+    from markupsafe import Markup
+
+    own = [environment.loader] if environment.loader else []
+    environment.loader = ChoiceLoader([DictLoader(TEMPLATES), *own])
+    environment.globals |= {
+        "_": functools.partial(phrase, language),
+        "language": language,
+        "style": Markup(STYLE),
+        "script": Markup(SCRIPT),
+        "messages": (),
+        **values,
+    }
+
+
+def content_security_policy() -> str:
+    """Return a policy that allows these pages' style, script and forms alone."""
+    # Browsers hold a form's redirect against form-action too, hence any https address.
+    style, script = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (STYLE, SCRIPT)
+    )
+    return (
+        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}';"
+        " connect-src 'self' wss:; form-action https:; base-uri 'none';"
+        " frame-ancestors 'none'"
+    )
+
+
+class SocketHandler(Upstream):  # type: ignore[misc]
+    """Lets a page try if its browser opens a WebSocket to this port, and say if not.
+
+    A request for one that has come without `Upgrade`, or whose answer got lost, was
+    changed on its way: by a filter or proxy. One that never came was not sent, as by
+    Safari to a certificate that it does not trust, or held back.
+    """
+
+    upstream = "tornado.websocket.WebSocketHandler"
+    come: "collections.deque[str]"  # numbers of tries
+    report: Callable[[str, str], None]  # to the teacher: user name, and what fails
+
+    async def get(self) -> None:
+        number = self.get_query_argument("try", "")[:20]
+        username = self.get_query_argument("failed", None)
+        if username is None:
+            self.come.append(number)
+            await super().get()
+        else:
+            kind = "network" if number in self.come else "certificate"
+            self.report(username, kind)
+            await self.finish(kind)
+
+    def check_origin(self, origin: str) -> bool:
+        return True  # behind a proxy it may be another; and it does nothing
+
+    def open(self) -> None:
+        self.close()
+
+
+# == Phrases ===============================================================================
+#
+# What the pages say, in each language that the key `language` can name: with another line
+# for each phrase there is another language. A phrase without one is said in English.
+
+PHRASES = """
+[username]
+en = User name
+[find]
+en = User name or name
+[open]
+en = Open my notebook
+[nobody]
+en = Nobody here has this user name.
+[who]
+en = Who are you? The address leads to your own notebook.
+[starting]
+en = Your notebook is being started. This page goes on to it by itself.
+[failed]
+en = Your notebook could not be started: tell your teacher. This page tries again.
+[checking]
+en = Your browser is being tried out.
+[go]
+en = Go on to the notebook
+[no_certificate]
+en = Your browser does not trust the certificate of this host: notebooks may open, and say
+    “Connecting” for ever.
+[no_network]
+en = If the certificate is trusted, it is the network that lets no WebSockets through. Ask
+    for WebSockets to this host, TCP ports {ports}, or take another network.
+[ends]
+en = The certificate of this page ends on {date}: tell your teacher.
+[trust]
+en = Have your device trust this host
+[trust_what]
+en = With this certificate your device trusts {names}, and nothing else: nobody has the key
+    with which it could vouch for other hosts.
+[get]
+en = Get the certificate
+[compare]
+en = Your teacher can tell you its fingerprint (SHA-256), which must be the same:
+[ios]
+en = Allow the download. In Settings, tap Profile Downloaded and install it; then switch it
+    on in General > About > Certificate Trust Settings.
+[mac]
+en = Open the file: Keychain Access adds it. Open the certificate there, then Trust, and
+    choose Always Trust. Firefox needs its own steps.
+[android]
+en = In Settings, search for “CA certificate”, tap Install anyway, and choose the file.
+[windows]
+en = Open the file, then Install Certificate, Current User, and place it in the store
+    Trusted Root Certification Authorities. Firefox needs its own steps.
+[chrome]
+en = In Chrome's Settings, search for certificates: under Authorities, or Custom, import the
+    file, and trust it for identifying websites.
+[firefox]
+en = In Settings, search for certificates: View Certificates, Authorities, Import; choose
+    the file, and trust it to identify websites.
+[afterwards]
+en = Then close the browser, and open it again.
+[notebook_of]
+en = Notebook of
+[logged_out]
+en = You have logged out of the notebook of
+[not_yours]
+en = Not yours? Find your own.
+[to_page]
+en = To the page of the course
+[again_in]
+en = Log in again
+[password]
+en = Notebook password
+[log_in]
+en = Log in
+[wrong]
+en = That was not the password of this notebook. Is the Caps Lock key on? Is the name below
+    yours?
+[which]
+en = It asks for the password of the notebook, not for that of the account.
+[change]
+en = Change the password
+[save_first]
+en = Save your work first: a new password ends your notebook and its kernels, wherever they
+    are open. The new one needs ten characters at least.
+[old]
+en = Notebook password so far
+[new]
+en = New password
+[again]
+en = New password once more
+[changed]
+en = Your password is changed. Log in with the new one; open tabs can save then.
+[busy]
+en = Too many want a new password just now: try again in a minute.
+[wrong_old]
+en = The user name or the old password is wrong.
+[differ]
+en = The new password must be typed twice in the same way.
+[same]
+en = That is your password already: think of a new one.
+[has_name]
+en = Your user name must not be in the new password.
+[weak]
+en = The new password must have 10 to 100 letters, digits and signs of an English keyboard,
+    and not begin with = + - or @.
+[is_starting]
+en = Your notebook is just being started: try again in a minute.
+[not_changed]
+en = Not changed: try again in a minute, or ask your teacher.
 """
 
 
-def make_page(title: str, body: str, message: str = "") -> str:
-    """Return a page; title and message are escaped here, the body is HTML."""
-    if message:
-        body = f'<p class="message">{html.escape(message)}</p>\n{body}'
-    return PAGE.format(title=html.escape(title), style=STYLE, body=body)
+@functools.cache
+def read_phrases() -> dict[str, dict[str, str]]:
+    """Return each phrase in each language, by the phrase's name."""
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read_string(PHRASES)
+    # No blanks are between words of Japanese.
+    fold = functools.partial(re.sub, r"(?<=[、-鿿])\n(?=[、-鿿])", "")
+    return {
+        name: {key: fold(text).replace("\n", " ") for key, text in section.items()}
+        for name, section in parser.items()
+    }
+
+
+def phrase(language: str, name: str, **values: object) -> str:
+    """Return a phrase; a text that is none is said as it is."""
+    known = read_phrases().get(name)
+    return known.get(language, known["en"]).format(**values) if known else name
 
 
 # == Launch 1: kernels, terminals and packages of a student ================================
 #
 # What a student's server adds to Jupyter's managers of kernels and terminals, and to tabs'
-# connections. These classes are imported in template processes only: ours, whose base is
-# `Upstream`, are put on top of them by `student_class`.
+# connections: see `with_upstream`.
 
 CULL_SECONDS = 60  # between two looks at what is idle
 FIRST_BYTES = LAST_BYTES = 2 << 20  # of a kernel's output, while its tab does not read
@@ -3959,7 +4305,6 @@ OUT_OF_MEMORY = (
     "The kernel was killed, most likely because the machine had no memory left. What it had"
     " computed is gone; run your cells again, with less data.\n"
 )
-Upstream: Any = object  # a class of Jupyter's, which comes after ours in the order of bases
 TRY_AGAIN = 1012  # has a tab ask about its kernel when its WebSocket is closed: RFC 6455
 
 KERNEL_SECONDS = 120.0  # in which a kernel must open its sockets; Java's is slow to start
@@ -3991,6 +4336,8 @@ class ServerOrder(Message):
     title: str = ""
     page_url: str = ""
     any_host: bool = True  # of the page, as of the notebook
+    language: str = "en"
+    ports: str = ""  # for people
     course: str = ""  # its configuration file, for ps
     port: int = 0
     url: str = ""
@@ -4009,13 +4356,6 @@ class ServerOrder(Message):
     certificate: Certificate = Certificate("", "")
     # It may hold secrets.
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def student_class(ours: Any, **values: object) -> Any:
-    """Return a class of ours on top of the one of Jupyter's that it names."""
-    module, _, name = ours.upstream.rpartition(".")
-    bases = ours, getattr(importlib.import_module(module), name)
-    return types.new_class(ours.__name__, bases, exec_body=lambda body: body.update(values))
 
 
 def own_environment(home: Path) -> Path:
@@ -4244,7 +4584,7 @@ class StudentKernels(Upstream):  # type: ignore[misc]
     def kernel_error(self, spec: Any, reason: str) -> Any:
         hint = "" if self.order.tcp_kernels else "; perhaps it needs TCP (tcp_kernels = no)"
         text = f"The kernel {spec.display_name} cannot be started: {reason}{hint}."
-        return student_class(PlainError)(500, f"{text} What it said is in ~/{SERVER_LOG}.")
+        return with_upstream(PlainError)(500, f"{text} What it said is in ~/{SERVER_LOG}.")
 
     def pre_start_kernel(self, kernel_name: str | None, kwargs: Any) -> Any:
         transport = kwargs.pop("transport")
@@ -4518,32 +4858,6 @@ EXPORT_SECONDS = 120.0
 # It asks whether to fetch news, of which `news_url` leaves none.
 NEWS_PLUGIN = "@jupyterlab/apputils-extension:announcements"
 
-# The log-in and the log-out page: a template (Jinja, which escapes what it is given).
-# Visitors may know this host by another name than we do: then the link takes theirs.
-LOG_IN_PAGE = make_page(
-    "{{ order.title }}",
-    """{% set is_out = message and message.info %}
-{% if message and message.error %}<p class="message" role="alert">That was not the password
-of this notebook. Is the Caps Lock key on? Is the name below yours?</p>{% endif %}
-<p>{{ "You have logged out of the" if is_out else "The" }} notebook of
-{% if order.name %}<strong>{{ order.name }}</strong>, {% endif -%}
-<code>{{ order.username }}</code>.
-<a href="{{ order.page_url }}"{% if order.any_host %}
- onclick="this.hostname = location.hostname"{% endif %}>
-{{ "To the page of the course" if is_out else "Not yours? Find your own." }}</a></p>
-{% if is_out %}<p><a href="{{ base_url }}login">Log in again</a></p>
-{% else %}<form action="{{ base_url }}login?next={{ next }}" method="post">
-{{ xsrf_form_html() | safe }}
-<input name="username" value="{{ order.username }}" autocomplete="username" hidden>
-<input name="password" type="password" aria-label="Notebook password" required autofocus
- placeholder="Notebook password" autocomplete="current-password">
-<button>Log in</button></form>
-<p>It asks for the password of the notebook, not for that of the account.
-<a href="{{ order.page_url }}-password"{% if order.any_host %}
- onclick="this.hostname = location.hostname"{% endif %}>Change it</a></p>{% endif %}
-""",
-)
-
 # A terminal that nobody gave a directory is in the home, where the server is.
 TERMINAL_SHELL = "/bin/sh", "-c", '[ . -ef "$HOME" ] && cd "$0" 2>/dev/null; exec "$@"'
 
@@ -4657,11 +4971,11 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "terminado_settings": {
                 "shell_command": [*TERMINAL_SHELL, str(start_dir), account.pw_shell, "-l"]
             },
-            "kernel_manager_class": student_class(
+            "kernel_manager_class": with_upstream(
                 StudentKernels, order=order, start_path=start_path, transports={}
             ),
-            "kernel_spec_manager_class": student_class(StudentKernelSpecs, order=order),
-            "kernel_websocket_connection_class": student_class(StudentTab),
+            "kernel_spec_manager_class": with_upstream(StudentKernelSpecs, order=order),
+            "kernel_websocket_connection_class": with_upstream(StudentTab),
             "shutdown_no_activity_timeout": order.idle_seconds,
         },
         IdentityProvider={"token": ""},
@@ -4680,7 +4994,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "cull_connected": True,
         },
         TerminalsExtensionApp={
-            "terminal_manager_class": student_class(StudentTerminals, order=order)
+            "terminal_manager_class": with_upstream(StudentTerminals, order=order)
         },
         TerminalManager={
             "cull_inactive_timeout": order.idle_seconds,
@@ -4851,8 +5165,8 @@ def make_app(
     order: ServerOrder, account: pwd.struct_passwd, without: Collection[str] = ()
 ) -> Any:
     """Return the application; nothing in the home was executed. Step 7 of a start."""
-    from jinja2 import ChoiceLoader, DictLoader
     from jupyter_server.serverapp import ServerApp
+    from markupsafe import Markup
 
     # Root's while Jupyter looks for Python to execute. Terminals and kernels must not
     # inherit it.
@@ -4875,13 +5189,24 @@ def make_app(
         str(config_dir),
         *app.config_manager.read_config_path,
     ]
-    app.web_app.add_handlers(".*$", export_handlers(app.base_url))
+    sockets = with_upstream(
+        SocketHandler, come=collections.deque([], MAX_TRIED), report=print
+    )
+    handlers = [*export_handlers(app.base_url), (f"{app.base_url}{SOCKET_PATH}", sockets)]
+    app.web_app.add_handlers(".*$", handlers)
 
-    # Before the templates of Jupyter, which know neither student nor course.
-    templates = app.web_app.settings["jinja2_env"]
-    pages = DictLoader(dict.fromkeys(["login.html", "logout.html"], LOG_IN_PAGE))
-    templates.loader = ChoiceLoader([pages, templates.loader])
-    templates.globals["order"] = order
+    # Those of Jupyter know neither student nor course.
+    add_pages(
+        app.web_app.settings["jinja2_env"],
+        order.language,
+        order=order,
+        title=order.title,
+        username=order.username,
+        any_host=Markup("data-any-host" if order.any_host else ""),
+        socket=f"{app.base_url}{SOCKET_PATH}",
+        trust=f"{order.page_url}{TRUST_PATH}" if order.certificate.authority else "",
+        ports=order.ports,
+    )
     app.web_app.settings["page_config_hook"] = without_news
 
     del os.environ["JUPYTER_CONFIG_DIR"]
@@ -5376,49 +5701,27 @@ WHO = "notebooks-student"  # a cookie: whose notebook was opened last in this br
 WHO_SECONDS = 180 * 24 * 3600
 QUERY_CHARACTERS = "/?:@!$&'()*+,;=%-._~[]"  # which stay as they are
 
-FORM = """<form action="{action}" method="get">
-{hidden}<input name="username" aria-label="User name" placeholder="User name" required
- autocapitalize="none" autocomplete="username" spellcheck="false">
-<button>Open my notebook</button>
-</form>
-"""
-# No user name begins with a hyphen.
-PASSWORD_PATH = "-password"
-PASSWORD_FORM = f"""<p>Save your work first: a new password ends your notebook and its
-kernels, wherever they are open. The new one needs ten characters at least.</p>
-<form action="/{PASSWORD_PATH}" method="post">
-<input name="username" placeholder="User name" autocomplete="username" required>
-<input name="old" type="password" placeholder="Notebook password so far" required>
-<input name="new" type="password" placeholder="New password" minlength="10" required>
-<input name="again" type="password" placeholder="New password once more" required>
-<button>Change it</button>
-</form>
-"""
-CHANGED = "Your password is changed. Log in with the new one; open tabs can save then."
-TO_THE_NOTEBOOK = '<p><a href="/">To the page of the course</a></p>'
-
-MAX_TRIES = 30  # of passwords that wait for their turn
-BUSY = "Too many want a new password just now: try again in a minute."
-WHO_ARE_YOU = "Who are you? The address leads to your own notebook."
-STARTING = (
-    "Your notebook is being started. This page goes on to it by itself; if it has not"
-    " within a minute, tell your teacher."
-)
+MAX_WISHES = 30  # for a new password, which wait for their turn
+MAX_TRIED = 1000  # sockets whose numbers are known
+TRIED = "notebooks-socket"  # a cookie of the page's script: WebSockets come through
 
 
 class Site(Message):
     """What the landing page shows to anybody (user name, name, port), and all ports."""
 
+    language: str
     title: str
     address: str
     port: int
     certificate: Certificate
     shown: list[tuple[str, str, int]]
     ports: dict[str, int]
+    failed: list[str]  # of whom a server could not be started
+    notice: str  # the last day of the certificate, if that is near
 
 
 class NewPassword(Message):
-    """What a student wishes, and the launcher's answer."""
+    """What a student wishes, and the launcher's answer: the name of a phrase."""
 
     username: str
     old: str
@@ -5445,46 +5748,9 @@ class Webserver(Helper):
         is_text = {str} == {*map(type, vars(message).values())}
         if isinstance(message, NewPassword) and is_text:
             if is_busy:  # with what an earlier webserver has asked
-                self.tell(NewPassword(message.username, "", "", BUSY))
+                self.tell(NewPassword(message.username, "", "", "busy"))
             else:
                 self.task = asyncio.get_running_loop().create_task(self.change(message))
-
-
-def content_security_policy() -> str:
-    """Return a policy that allows this page's style and form, and nothing else."""
-    # Browsers hold a form's redirect against form-action too, hence any https address.
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; style-src 'sha256-{digest}'; form-action https:;"
-        " base-uri 'none'; frame-ancestors 'none'"
-    )
-
-
-def landing_page(
-    title: str,
-    students: Iterable[tuple[str, str, int]],
-    message: str = "",
-    common: tuple[str, str] | None = None,
-) -> str:
-    """Return the page that lists students: user name, name, port.
-
-    common: path and query of an address for everybody, to which the answer is added.
-    """
-    action, hidden, link = "/", "", "/{}"
-    if common:
-        action = urllib.parse.quote(f"/{common[0]}")
-        query = urllib.parse.urlencode({"query": common[1]})
-        link = f"{action}?{query}&username={{}}"  # quoted: no other braces
-        hidden = f'<input type="hidden" name="query" value="{html.escape(common[1])}">\n'
-
-    rows = "".join(
-        f'<li><a href="{html.escape(link.format(username))}">'
-        f"<span>{html.escape(name or username)}</span>"
-        f"{f'<code>{username}</code>' if name else ''}</a></li>\n"
-        for username, name, _ in students
-    )
-    form = FORM.format(action=action, hidden=hidden)
-    return make_page(title, form + (f"<ul>\n{rows}</ul>" if rows else ""), message)
 
 
 async def is_answered(port: int) -> bool:
@@ -5516,73 +5782,187 @@ def find_target(
     return username.lower(), urllib.parse.quote(rest) + (f"?{query}" if query else "")
 
 
-def page_handler() -> type:
-    """Return the handler of all requests to the base port."""
-    from tornado import web
-
-    class PageHandler(web.RequestHandler):
-        def set_default_headers(self) -> None:
-            self.set_header("Content-Security-Policy", content_security_policy())
-            self.set_header("X-Content-Type-Options", "nosniff")
-            self.set_header("Referrer-Policy", "no-referrer")
-            self.set_header("Cache-Control", "no-store")
-            self.clear_header("Server")
-
-        def prepare(self) -> None:
-            if self.request.protocol == "http":
-                address = f"{visited_host(self.request)}:{self.settings['site'].port}"
-                self.redirect(f"https://{address}{self.request.uri}", status=307)
-
-        async def get(self, path: str) -> None:
-            """Show the page, or lead /USERNAME/anything to the student's server."""
-            site: Site = self.settings["site"]
-            asked = self.get_query_argument("username", None)
-            query, common = self.request.query, None
-            if path.partition("/")[0] == COMMON:
-                if asked is not None:  # the query is the form's, which has kept the other
-                    query = self.get_query_argument("query", "")
-                common = path, query
-            query = urllib.parse.quote(query, QUERY_CHARACTERS)
-            username, target = find_target(path, asked, query, self.get_cookie(WHO) or "")
-
-            if username not in site.ports:
-                message = f"Nobody here has the user name “{username}”."
-                if asked is None and (common or not path):
-                    message = WHO_ARE_YOU if common else ""
-                else:
-                    self.set_status(404)
-                await self.finish(landing_page(site.title, site.shown, message, common))
-            elif not await is_answered(site.ports[username]):
-                self.set_status(503)
-                self.set_header("Refresh", "1")  # the same address again
-                await self.finish(make_page(site.title, "", STARTING))
-            else:
-                host = site.address.replace("{username}", username)
-                host = f"{host or visited_host(self.request)}:{site.ports[username]}"
-                options: Any = {"httponly": True, "secure": True, "samesite": "Lax"}
-                options |= {"path": f"/{COMMON}", "max_age": WHO_SECONDS}
-                self.set_cookie(WHO, username, **options)
-                self.redirect(f"https://{host}/{username}/{target}")
-
-    return PageHandler
+def ports_of(ports: Collection[int]) -> str:
+    """Return the ports that a firewall must let in, for people."""
+    return f"{min(ports)}-{max(ports)}"
 
 
-def password_handler(page_handler: Any) -> type:
-    """Return the handler of the form in which a student changes their password."""
+class PageHandler(Upstream):  # type: ignore[misc]
+    """A page of the webserver's, and what all its pages have in common."""
 
-    class PasswordHandler(page_handler):  # type: ignore[misc]
-        async def get(self) -> None:
-            await self.finish(make_page(self.settings["site"].title, PASSWORD_FORM))
+    upstream = "tornado.web.RequestHandler"
 
-        async def post(self) -> None:
-            names = ("username", "old", "new", "again")
-            username, old, new, again = (self.get_body_argument(x, "") for x in names)
-            new *= new == again  # none is refused
-            answer = await self.settings["ask"](NewPassword(username, old, new))
-            form = TO_THE_NOTEBOOK if answer == CHANGED else PASSWORD_FORM
-            await self.finish(make_page(self.settings["site"].title, form, answer))
+    @property
+    def site(self) -> Site:
+        site: Site = self.settings["site"]
+        return site
 
-    return PasswordHandler
+    def set_default_headers(self) -> None:
+        self.set_header("Content-Security-Policy", content_security_policy())
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Referrer-Policy", "no-referrer")
+        self.set_header("Cache-Control", "no-store")
+        self.clear_header("Server")
+
+    def prepare(self) -> None:
+        if self.request.protocol == "http":
+            address = f"{visited_host(self.request)}:{self.site.port}"
+            self.redirect(f"https://{address}{self.request.uri}", status=307)
+
+    def say(self, name: str, **values: object) -> str:
+        return phrase(self.site.language, name, **values)
+
+    async def show(self, template: str, *messages: str, **values: object) -> None:
+        """Finish with a page; the messages are said above all."""
+        page, site = self.settings["pages"].get_template(template), self.site
+        notices = [self.say("ends", date=site.notice)] if site.notice else []
+        has_authority = site.certificate.authority is not None
+        await self.finish(
+            page.render(
+                title=site.title,
+                messages=[*notices, *filter(None, messages)],
+                trust=f"/{TRUST_PATH}" if has_authority else "",
+                ports=ports_of([site.port, *site.ports.values()]),
+                **values,
+            )
+        )
+
+
+class LandingHandler(PageHandler):
+    """The page with the students, and the way to the notebook of each."""
+
+    async def get(self, path: str) -> None:
+        """Show the page, or lead /USERNAME/anything to the student's server."""
+        asked = self.get_query_argument("username", None)
+        query, common = self.request.query, path.partition("/")[0] == COMMON
+        if common and asked is not None:  # the query is the form's, which has kept this one
+            query = self.get_query_argument("query", "")
+        quoted = urllib.parse.quote(query, QUERY_CHARACTERS)
+        username, target = find_target(path, asked, quoted, self.get_cookie(WHO) or "")
+
+        if username in self.site.ports:
+            await self.lead(username, target)
+        elif asked is not None or path and not common:
+            self.set_status(404)
+            await self.show_students("nobody", path, query if common else None)
+        else:
+            await self.show_students("who" * common, path, query if common else None)
+
+    async def show_students(self, message: str, path: str, query: str | None) -> None:
+        """Show who has a notebook.
+
+        query: that of an address for everybody, to whose path the answer is added.
+        """
+        action, link = "/", "/"
+        if query is not None:
+            action = urllib.parse.quote(f"/{path}")
+            link = f"{action}?{urllib.parse.urlencode({'query': query, 'username': ''})}"
+        await self.show(
+            "landing.html",
+            self.say(message),
+            action=action,
+            link=link,
+            query=query,
+            students=self.site.shown,
+            socket=f"/{SOCKET_PATH}",
+        )
+
+    async def lead(self, username: str, target: str) -> None:
+        """Lead to a student's server, once it runs and their browser was tried."""
+        site = self.site
+        if not await is_answered(site.ports[username]):
+            self.set_status(503)
+            has_failed = username in site.failed
+            self.set_header("Refresh", "5" if has_failed else "1")  # the same address again
+            await self.show("wait.html", self.say("failed" if has_failed else "starting"))
+            return
+
+        host = site.address.replace("{username}", username)
+        host = f"{host or visited_host(self.request)}:{site.ports[username]}"
+        options: Any = {"httponly": True, "secure": True, "samesite": "Lax"}
+        options |= {"path": f"/{COMMON}", "max_age": WHO_SECONDS}
+        self.set_cookie(WHO, username, **options)
+        address = f"https://{host}/{username}/{target}"
+        is_browser = "text/html" in self.request.headers.get("Accept", "")
+        if is_browser and not self.get_cookie(TRIED):
+            await self.show(
+                "wait.html",
+                self.say("checking"),
+                target=address,
+                username=username,
+                socket=f"/{SOCKET_PATH}",
+            )
+        else:
+            self.redirect(address)
+
+
+class AuthorityHandler(PageHandler):
+    """The certificate of the course's authority, which devices offer to install."""
+
+    async def get(self, path: str) -> None:
+        authority = self.site.certificate.authority
+        if path in self.site.ports:  # a student has this name
+            self.redirect(f"/{path}/")
+        elif not authority:
+            self.redirect("/")
+        else:
+            self.set_header("Content-Type", "application/x-x509-ca-cert")
+            await self.finish(authority)
+
+
+class TrustHandler(PageHandler):
+    """The page that tells how a device comes to trust the course's authority."""
+
+    async def get(self) -> None:
+        certificate, browser = self.site.certificate, self.request.headers.get("User-Agent")
+        if not certificate.authority:
+            self.redirect("/")
+            return
+        systems = [
+            (name, label, re.search(pattern, browser or "") is not None)
+            for name, label, pattern in SYSTEMS
+        ]
+        systems.sort(key=lambda system: not system[2])
+        await self.show(
+            "trust.html",
+            names=", ".join(name.partition(":")[2] for name in certificate.names),
+            file=AUTHORITY_PATHS[0],
+            fingerprint=fingerprint(certificate.authority),
+            systems=systems,
+        )
+
+
+class PasswordHandler(PageHandler):
+    """The form in which a student changes their password."""
+
+    async def get(self, answer: str = "") -> None:
+        username = self.get_argument("username", "")
+        is_changed = answer == "changed"
+        message = self.say(answer)
+        await self.show("password.html", message, username=username, is_changed=is_changed)
+
+    async def post(self) -> None:
+        names = ("username", "old", "new", "again")
+        username, old, new, again = (self.get_body_argument(x, "") for x in names)
+        new *= new == again  # none is refused
+        await self.get(await self.settings["ask"](NewPassword(username, old, new)))
+
+
+class Reporter:
+    """Tells the teacher once whose browser opens no WebSocket, for want of what."""
+
+    def __init__(self) -> None:
+        self.told: set[tuple[str, str]] = set()
+        self.usernames: Collection[str] = ()
+
+    def report(self, username: str, kind: str) -> None:
+        if username in self.usernames and (username, kind) not in self.told:
+            self.told.add((username, kind))
+            log.warning(
+                "%s: their browser opens no WebSocket, so no notebook connects: perhaps for"
+                " the %s, see /%s on the page",
+                *(username, kind, TRUST_PATH),
+            )
 
 
 def visited_host(request: Any) -> str:
@@ -5615,27 +5995,42 @@ def first_byte_server(server: Any, settings: Mapping[str, Any]) -> Any:
 
 async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> None:
     """Serve the base port until the launcher is gone: TLS, or a redirect to it."""
+    import jinja2
     from tornado import httpserver, web
 
     turn, answers = asyncio.Lock(), asyncio.Queue[NewPassword]()
-    places = asyncio.Semaphore(MAX_TRIES)
+    places = asyncio.Semaphore(MAX_WISHES)
 
     async def ask(wish: NewPassword) -> str:
         if places.locked():
-            return BUSY
+            return "busy"
         async with places, turn:
             channel.send_message(wish, wait=False)
             while (back := await answers.get()).username != wish.username:
                 pass  # an earlier webserver has asked for that
             return back.answer
 
-    page = page_handler()
-    handlers = [(f"/{PASSWORD_PATH}", password_handler(page)), (r"/(.*)", page)]
-    context = site.certificate.context()
-    application = web.Application(handlers, site=site, context=context, ask=ask)
+    reporter = Reporter()
+    tried: Any = {"come": collections.deque([], MAX_TRIED), "report": reporter.report}
+    handlers = [
+        (f"/{PASSWORD_PATH}", with_upstream(PasswordHandler)),
+        (f"/{TRUST_PATH}", with_upstream(TrustHandler)),
+        (f"/({'|'.join(AUTHORITY_PATHS)})$", with_upstream(AuthorityHandler)),
+        (f"/{SOCKET_PATH}", with_upstream(SocketHandler, **tried)),
+        (r"/(.*)", with_upstream(LandingHandler)),
+    ]
+    application = web.Application(handlers, ask=ask)
+
+    def take(site: Site) -> None:
+        pages = jinja2.Environment(autoescape=True)
+        add_pages(pages, site.language)
+        context = site.certificate.context()
+        application.settings.update(site=site, pages=pages, context=context)
+        reporter.usernames = site.ports
+
+    take(site)
     server = httpserver.HTTPServer(
         application,
-        no_keep_alive=True,
         idle_connection_timeout=PAGE_SECONDS,
         body_timeout=PAGE_SECONDS,
         max_header_size=16384,
@@ -5651,8 +6046,7 @@ async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> N
         if isinstance(message, NewPassword):
             answers.put_nowait(message)
         elif isinstance(message, Site):
-            context = message.certificate.context()
-            application.settings.update(site=message, context=context)
+            take(message)
 
 
 def run_webserver(channel: Channel) -> None:
@@ -5846,7 +6240,6 @@ def ensure_capacity(course: Course) -> None:
 
 SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
 MEMORY_SECONDS = 5  # between two looks at what all processes hold
-WRONG_PASSWORD = "The user name or the old password is wrong."
 GUESS_SECONDS = 1.0  # for each try of a password, one at a time, whoever sends them
 # Every encoding of a list has these characters; no spreadsheet takes them for a formula.
 GOOD_PASSWORD = re.compile(r"(?![=+@-])[!-~][ -~]{8,98}[!-~]")
@@ -5869,6 +6262,8 @@ class StartContext:
     certificate: Certificate
     template: Template
     slots: asyncio.Semaphore  # of those that start at once
+    ports: str = ""  # for people
+    tell: Callable[[], None] = lambda: None  # the page that something has changed
 
 
 @dataclasses.dataclass
@@ -5880,6 +6275,7 @@ class Server:
     listener: socket.socket
     process: Fork | None = None
     state: ServerState = ServerState.STOPPED
+    has_failed: bool = False  # at its last start, whatever it does now
     # The first start is over, not wanted, or takes long.
     settled: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     task: "asyncio.Task[None] | None" = None
@@ -5995,9 +6391,10 @@ class Server:
                 foreseen = isinstance(error, (Error, OSError))
                 text = explain(error)
                 log.error("%s: %s", self.username, text, exc_info=not foreseen)
-                self.state = ServerState.FAILED
+                self.has_failed, self.state = True, ServerState.FAILED
+                context.tell()
             else:
-                self.state = ServerState.RUNNING
+                self.has_failed, self.state = False, ServerState.RUNNING
                 log.info(
                     "%s: started, port %d, pid %d",
                     *(self.username, self.port, self.process.pid),
@@ -6077,6 +6474,8 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         title=config.web_title,
         page_url=f"https://{visible_address(config)}:{config.port}/",
         any_host=not config.server_address,
+        language=config.language,
+        ports=context.ports,
         course=str(config.path),
         port=server.port,
         url=f"https://{host}:{server.port}/{server.username}/",
@@ -6127,6 +6526,17 @@ def is_password_of(roster: Roster, username: str, password: str) -> bool:
     return known != b"" and hmac.compare_digest(known, given)
 
 
+def password_fault(wish: NewPassword) -> str:
+    """Return the phrase that says what is wrong with a new password, or nothing."""
+    faults = {
+        "differ": not wish.new,
+        "same": wish.new == wish.old,
+        "has_name": wish.username in wish.new,
+        "weak": not GOOD_PASSWORD.fullmatch(wish.new),
+    }
+    return next((fault for fault, found in faults.items() if found), "")
+
+
 class Launcher:
     """Owns the servers of a course and both helpers; reloads, and shows the status."""
 
@@ -6143,6 +6553,8 @@ class Launcher:
             course=path, listener=base_listener, site=self.site, change=self.change_password
         )
         self.reload_wanted = asyncio.Event()
+        self.end = certificate.end()
+        self.context.tell = self.web.greet
         self.announced = False
         self.memory = 0  # of all students, in bytes
 
@@ -6167,6 +6579,7 @@ class Launcher:
         except OSError as error:
             log.warning("the ports could not be written: %s", explain(error))
         self.servers = {server.username: server for server in servers}
+        self.context.ports = ports_of([course.config.port, *(x.port for x in servers)])
         outcome.report()
         return outcome
 
@@ -6180,12 +6593,15 @@ class Launcher:
         rows.sort(key=lambda row: alphabetic(row[1] or row[0]))  # by what is shown
 
         return Site(
+            language=config.language,
             title=config.web_title,
             address=config.server_address,
             port=config.port,
             certificate=self.context.certificate,
             shown=rows if config.list_students else [],
             ports={username: port for username, _, port in rows},
+            failed=[x.username for x in self.servers.values() if x.has_failed],
+            notice=f"{self.end:%Y-%m-%d}" if days_until(self.end) < RENEWAL_DAYS else "",
         )
 
     async def run(self) -> int:
@@ -6227,9 +6643,8 @@ class Launcher:
         await asyncio.gather(*(server.settled.wait() for server in servers))
 
         running, config = self.count(ServerState.RUNNING), self.context.config
-        ports = [config.port, *(server.port for server in servers)]
         say(f"{running} of {len(servers)} notebook servers run.")
-        say(f"The firewall must let in TCP ports {min(ports)} to {max(ports)}.")
+        say(f"The firewall must let in TCP ports {self.context.ports}.")
         digest = fingerprint(self.context.certificate.chain[0])
         say(f"Fingerprint of the certificate (SHA-256): {digest}")
         say(f"Ready: https://{visible_address(config)}:{config.port}/")
@@ -6246,7 +6661,7 @@ class Launcher:
 
     def hand_over(self, certificate: Certificate) -> None:
         """Serve with a certificate from now on, on all ports."""
-        self.context.certificate = certificate
+        self.context.certificate, self.end = certificate, certificate.end()
         for server in self.servers.values():
             if server.process:
                 server.hand_over(certificate)
@@ -6346,13 +6761,13 @@ class Launcher:
                 # Of other courses.
                 spared = {x.pid for x in every if read_name(x.pid) == SERVER_NAME} - {pid}
                 await asyncio.to_thread(end_families, {uid: {pid}}, spared)
-            answer = CHANGED
+            answer = "changed"
 
         except Exception as error:  # whatever it is, the student must have an answer
             answer = explain(error)
             if type(error) is not Error:  # it names our files
                 log.warning("%s: no new password: %s", wish.username, answer)
-                answer = "Not changed: try again in a minute, or ask your teacher."
+                answer = "not_changed"
 
         self.web.tell(NewPassword(wish.username, "", "", answer))
 
@@ -6364,23 +6779,19 @@ class Launcher:
         """
         server, username = self.servers.get(wish.username), wish.username
         if not server:  # no log shows what a stranger has typed
-            raise Error(WRONG_PASSWORD)
+            raise Error("wrong_old")
         roster = Roster(self.context.config.user_list)
         # Before it is locked, or who tries passwords would stop commands of the teacher's.
         if not is_password_of(roster, username, wish.old):
-            raise Error(WRONG_PASSWORD)
-        if not GOOD_PASSWORD.fullmatch(wish.new) or username in wish.new:
-            raise Error(
-                "Type a new password twice in the same way: 10 to 100 letters, digits and"
-                " signs of an English keyboard, without your user name; it must not begin"
-                " with = + - or @."
-            )
+            raise Error("wrong_old")
+        if fault := password_fault(wish):
+            raise Error(fault)
 
         with roster.locked():
             if not is_password_of(roster, username, wish.old):  # it has been read again
-                raise Error(WRONG_PASSWORD)
+                raise Error("wrong_old")
             if server.state is ServerState.STARTING:
-                raise Error("Your notebook is just being started: try again in a minute.")
+                raise Error("is_starting")
 
             roster.update(username, nb_pass=wish.new)
             roster.save()
