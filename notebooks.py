@@ -3935,7 +3935,7 @@ of this notebook. Is the Caps Lock key on? Is the name below yours?</p>{% endif 
  placeholder="Notebook password" autocomplete="current-password">
 <button>Log in</button></form>
 <p>It asks for the password of the notebook, not for that of the account.
-<a href="{{ order.page_url }}-password"{% if order.any_host %}
+<a href="{{ order.page_url }}-password?username={{ order.username }}"{% if order.any_host %}
  onclick="this.hostname = location.hostname"{% endif %}>Change it</a></p>{% endif %}
 """,
 )
@@ -5293,10 +5293,10 @@ FORM = """<form action="{action}" method="get">
 """
 # No user name begins with a hyphen.
 PASSWORD_PATH = "-password"
-PASSWORD_FORM = f"""<p>Save your work first: a new password ends your notebook and its
+PASSWORD_FORM = """<p>Save your work first: a new password ends your notebook and its
 kernels, wherever they are open. The new one needs ten characters at least.</p>
-<form action="/{PASSWORD_PATH}" method="post">
-<input name="username" placeholder="User name" autocomplete="username" required>
+<form method="post">
+<input name="username" placeholder="User name" autocomplete="username" required value="{}">
 <input name="old" type="password" placeholder="Notebook password so far" required>
 <input name="new" type="password" placeholder="New password" minlength="10" required>
 <input name="again" type="password" placeholder="New password once more" required>
@@ -5481,16 +5481,16 @@ def password_handler(page_handler: Any) -> type:
     """Return the handler of the form in which a student changes their password."""
 
     class PasswordHandler(page_handler):  # type: ignore[misc]
-        async def get(self) -> None:
-            await self.finish(make_page(self.settings["site"].title, PASSWORD_FORM))
+        async def get(self, answer: str = "") -> None:
+            form = PASSWORD_FORM.format(html.escape(self.get_argument("username", "")))
+            form = TO_THE_NOTEBOOK if answer == CHANGED else form
+            await self.finish(make_page(self.settings["site"].title, form, answer))
 
         async def post(self) -> None:
             names = ("username", "old", "new", "again")
             username, old, new, again = (self.get_body_argument(x, "") for x in names)
             new *= new == again  # none is refused
-            answer = await self.settings["ask"](NewPassword(username, old, new))
-            form = TO_THE_NOTEBOOK if answer == CHANGED else PASSWORD_FORM
-            await self.finish(make_page(self.settings["site"].title, form, answer))
+            await self.get(await self.settings["ask"](NewPassword(username, old, new)))
 
     return PasswordHandler
 
@@ -6017,6 +6017,19 @@ def is_password_of(roster: Roster, username: str, password: str) -> bool:
     return known != b"" and hmac.compare_digest(known, given)
 
 
+def password_fault(wish: NewPassword) -> str:
+    """Return what is wrong with a new password, or nothing."""
+    new = wish.new
+    faults = {
+        "The new password must be typed twice in the same way.": not new,
+        "That is your password already: think of a new one.": new == wish.old,
+        "Your user name must not be in the new password.": wish.username in new,
+        "The new password must have 10 to 100 letters, digits and signs of an English"
+        " keyboard, and not begin with = + - or @.": not GOOD_PASSWORD.fullmatch(new),
+    }
+    return next((fault for fault, found in faults.items() if found), "")
+
+
 class Launcher:
     """Owns the servers of a course and both helpers; reloads, and shows the status."""
 
@@ -6241,12 +6254,8 @@ class Launcher:
         # Before it is locked, or who tries passwords would stop commands of the teacher's.
         if not is_password_of(roster, username, wish.old):
             raise Error(WRONG_PASSWORD)
-        if not GOOD_PASSWORD.fullmatch(wish.new) or username in wish.new:
-            raise Error(
-                "Type a new password twice in the same way: 10 to 100 letters, digits and"
-                " signs of an English keyboard, without your user name; it must not begin"
-                " with = + - or @."
-            )
+        if fault := password_fault(wish):
+            raise Error(fault)
 
         with roster.locked():
             if not is_password_of(roster, username, wish.old):  # it has been read again
