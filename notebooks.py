@@ -3877,6 +3877,7 @@ OUT_OF_MEMORY = (
     "The kernel was killed, most likely because the machine had no memory left. What it had"
     " computed is gone; run your cells again, with less data.\n"
 )
+KERNEL_ENDED = "The kernel was ended: it {}. Run your cells again."
 Upstream: Any = object  # a class of Jupyter's, which comes after ours in the order of bases
 TRY_AGAIN = 1012  # has a tab ask about its kernel when its WebSocket is closed: RFC 6455
 MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
@@ -4349,7 +4350,7 @@ class KernelKeeper(Upstream):  # type: ignore[misc]
 
         if kernel_id not in self and state != "dead":
             model |= {"execution_state": "dead", "connections": 0}
-            model["reason"] = f"The kernel was ended: it {words}. Run your cells again."
+            model["reason"] = KERNEL_ENDED.format(words)
             with contextlib.suppress(OSError):  # a full disk
                 end_file(kernel_id).write_text(json.dumps(model))
             for tab in tabs:
@@ -4359,6 +4360,13 @@ class KernelKeeper(Upstream):  # type: ignore[misc]
         if kernel_id not in self:
             with contextlib.suppress(OSError, ValueError):
                 return json.loads(end_file(kernel_id).read_text())
+            # Had an earlier server ended in order, it would have removed this file.
+            left = end_file(kernel_id).with_name(f"kernel-{kernel_id}.json")
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                name = json.loads(left.read_text())["kernel_name"]
+                reason = KERNEL_ENDED.format("lost its notebook server")
+                dead = {"execution_state": "dead", "connections": 0, "reason": reason}
+                return {"id": kernel_id, "name": name, **dead}
         return super().kernel_model(kernel_id)
 
 
