@@ -4305,6 +4305,7 @@ OUT_OF_MEMORY = (
     "The kernel was killed, most likely because the machine had no memory left. What it had"
     " computed is gone; run your cells again, with less data.\n"
 )
+KERNEL_ENDED = "The kernel was ended: it {}. Run your cells again."
 TRY_AGAIN = 1012  # has a tab ask about its kernel when its WebSocket is closed: RFC 6455
 
 KERNEL_SECONDS = 120.0  # in which a kernel must open its sockets; Java's is slow to start
@@ -4639,7 +4640,7 @@ class StudentKernels(Upstream):  # type: ignore[misc]
 
         if kernel_id not in self and state != "dead":
             model |= {"execution_state": "dead", "connections": 0}
-            model["reason"] = f"The kernel was ended: it {words}. Run your cells again."
+            model["reason"] = KERNEL_ENDED.format(words)
             with contextlib.suppress(OSError):  # a full disk
                 end_file(kernel_id).write_text(json.dumps(model))
             for tab in tabs:
@@ -4649,6 +4650,13 @@ class StudentKernels(Upstream):  # type: ignore[misc]
         if kernel_id not in self:
             with contextlib.suppress(OSError, ValueError):
                 return json.loads(end_file(kernel_id).read_text())
+            # Had an earlier server ended in order, it would have removed this file.
+            left = end_file(kernel_id).with_name(f"kernel-{kernel_id}.json")
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                name = json.loads(left.read_text())["kernel_name"]
+                reason = KERNEL_ENDED.format("lost its notebook server")
+                dead = {"execution_state": "dead", "connections": 0, "reason": reason}
+                return {"id": kernel_id, "name": name, **dead}
         return super().kernel_model(kernel_id)
 
 

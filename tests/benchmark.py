@@ -53,6 +53,7 @@ import support
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 # Where `make bench` installs JupyterHub and its proxy.
 HUB_PREFIX = Path(os.environ.get("BENCH_PREFIX", "/opt/notebooks-bench"))
+WELCOME = "course/material/welcome.ipynb"
 OURS, ON_DEMAND = "notebooks.py", "  on demand, idle"
 PLAIN, HUB = "jupyter-notebook", "JupyterHub"
 HERD_SECONDS = 10.0  # within which the herd comes
@@ -258,7 +259,7 @@ def start_plain(course: support.Course) -> Started:
         url = urllib.parse.urlsplit(plain_url(course, username))
         command = (
             f"{program} --no-browser --ip=127.0.0.1 --port={url.port} --port-retries=0"
-            f" --ServerApp.base_url={url.path} --notebook-dir=course/material"
+            f" --ServerApp.base_url={url.path}"
             " --PasswordIdentityProvider.hashed_password="
             + notebooks.hash_password(rows[username]["nb-pass"])
         )
@@ -423,18 +424,18 @@ def attend(notebook: support.Notebook, password: str, minutes: float) -> None:
     end = time.monotonic() + minutes * 60
     with notebook:
         notebook.log_in(password)
-        for page in ("tree", "lab/api/settings", "notebooks/welcome.ipynb"):
+        for page in ("tree", "lab/api/settings", f"notebooks/{WELCOME}"):
             notebook.fetch(page)
-        notebook.start_kernel(path="welcome.ipynb")
+        notebook.start_kernel(path=WELCOME)
         while time.monotonic() < end:
-            for path in ("contents", "contents/welcome.ipynb", "kernels", "sessions"):
+            for path in ("contents", f"contents/{WELCOME}", "kernels", "sessions"):
                 notebook.api("GET", path)
             for number in range(5):
                 code = f"x = [i * i for i in range({number}000)]; print(len(x))"
                 run_cell(notebook, code, CELL_SECONDS)
-            model = notebook.api("GET", "contents/welcome.ipynb")
+            model = notebook.api("GET", f"contents/{WELCOME}")
             content = {"type": "notebook", "content": model["content"]}
-            notebook.api("PUT", "contents/welcome.ipynb", content)
+            notebook.api("PUT", f"contents/{WELCOME}", content)
             time.sleep(10)
 
 

@@ -64,22 +64,28 @@ def hide_homes(upper: Path) -> None:
             os.mknod(upper / home.name, stat.S_IFCHR, os.makedev(0, 0))
 
 
-def mount_overlays() -> None:
-    """Let nothing that is written to /etc, /home and /var reach the machine.
+def mount_overlay(directory: Path, upper: Path) -> None:
+    """Let what is written below a directory go to another one, of a tmpfs, instead.
 
     Source: mount(8), the kernel's overlayfs.rst. `xino` keeps one device number for all
     files of an overlay, as on any ordinary file system.
     """
+    work = upper.with_name(f"{upper.name}-work")
+    work.mkdir()
+    shutil.copystat(directory, upper)
+    layers = f"lowerdir={directory},upperdir={upper},workdir={work},xino=on"
+    mount("-t", "overlay", "-o", layers, "overlay", str(directory))
+
+
+def mount_overlays() -> None:
+    """Let nothing that is written to /etc, /home and /var reach the machine."""
     mount("-t", "tmpfs", "-o", "mode=0755", "tmpfs", "/mnt")
     for name in ("etc", "home", "var"):
-        upper, work = Path("/mnt", name, "upper"), Path("/mnt", name, "work")
-        upper.mkdir(parents=True)
-        work.mkdir()
-        shutil.copystat(f"/{name}", upper)
+        upper = Path("/mnt", name)
+        upper.mkdir()
         if name == "home":
             hide_homes(upper)
-        layers = f"lowerdir=/{name},upperdir={upper},workdir={work},xino=on"
-        mount("-t", "overlay", "-o", layers, "overlay", f"/{name}")
+        mount_overlay(Path("/", name), upper)
     subprocess.run(["umount", "--no-mtab", "--lazy", "/mnt"], check=True)
 
 

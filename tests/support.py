@@ -429,26 +429,15 @@ class Course:
         self.close()
 
     def configure(self, **settings: object) -> None:
-        """Write the configuration with these settings added to the earlier ones.
-
-        Notebooks see the directory that they start in; `root_dir=""` opens the home.
-        """
+        """Write the configuration with these settings added to the earlier ones."""
         self.settings |= settings
-        left = {"root_dir": self.start_dir, **self.settings}
+        left = dict(self.settings)
         lines = []
         for section, keys in SECTIONS.items():
             lines.append(f"[{section}]")
             lines += [f"{key} = {left.pop(key)}" for key in keys.split() if key in left]
         assert not left, f"no such keys: {left}"
         self.config.write_text("\n".join([*lines, ""]))
-
-    @property
-    def start_dir(self) -> str:
-        """Where notebooks start, as far as it is the same for everybody."""
-        name = Path(str(self.settings.get("material_dir", "material"))).name
-        path = f"{self.settings.get('tutorial_dir', 'course')}/{name}"
-        path = str(self.settings.get("launch_dir") or path)
-        return path.partition("{username}")[0]
 
     def write_students(self, rows: Iterable[Mapping[str, str]]) -> None:
         """Write the user list; the first row's keys are its columns."""

@@ -138,6 +138,8 @@ def test_a_student_comes_from_the_landing_page_to_a_computed_cell(
     before = len(saved_code(notebook))
     ActionChains(browser).send_keys(Keys.ESCAPE, "b").pause(1).perform()  # a new cell
     course.server(username).kill()
+    use(browser, ".jp-Dialog", "it lost its notebook server")
+    use(browser, ".jp-Dialog button", "Ok", WebElement.click)
     save(browser)
     wait_until(lambda: len(saved_code(notebook)) > before, 30, "what was not saved before")
 

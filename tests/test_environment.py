@@ -98,7 +98,8 @@ def test_exports_have_the_teachers_variables(
     script = 'mkdir -p ~/.jupyter; echo "$0" >~/.jupyter/jupyter_nbconvert_config.py'
     run_as(student, "sh", "-c", script, TELL_EXPORT, check=True)
     token = notebook.cookies["_xsrf"].value
-    response = notebook.fetch(f"nbconvert/python/welcome.ipynb?download=true&_xsrf={token}")
+    path = "course/material/welcome.ipynb"
+    response = notebook.fetch(f"nbconvert/python/{path}?download=true&_xsrf={token}")
     assert response.status == 200
     check_variables(json.loads((course.home(student) / "env").read_text()), student)
 
@@ -345,20 +346,21 @@ def test_packages_of_their_own_can_be_forbidden(
 
 
 def test_two_students_save_the_same_notebook_in_turn(course: Course) -> None:
+    both = "contents/course/material/team/both.ipynb"
     notebooks_of_both = [course.notebook(student) for student in course.students] * 2
     for i, notebook in enumerate(notebooks_of_both):
         if i:
-            model = notebook.api("GET", "contents/team/both.ipynb")
+            model = notebook.api("GET", both)
             assert model["content"]["metadata"]["turn"] == i - 1
         content = {"cells": [], "metadata": {"turn": i}, "nbformat": 4, "nbformat_minor": 5}
         model = {"type": "notebook", "format": "json", "content": content}
-        notebook.api("PUT", "contents/team/both.ipynb", model)
-        assert notebook.api("POST", "contents/team/both.ipynb/checkpoints", {})["id"]
-    checkpoint = "contents/team/both.ipynb/checkpoints/checkpoint"
+        notebook.api("PUT", both, model)
+        assert notebook.api("POST", f"{both}/checkpoints", {})["id"]
+    checkpoint = f"{both}/checkpoints/checkpoint"
     for notebook in notebooks_of_both[:2]:
         notebook.api("POST", checkpoint)
     notebooks_of_both[1].api("DELETE", checkpoint)
-    notebooks_of_both[0].api("PATCH", "contents/team/both.ipynb", {"path": "team/a.ipynb"})
+    notebooks_of_both[0].api("PATCH", both, {"path": "course/material/team/a.ipynb"})
 
 
 def test_files_of_kernels_and_terminals_can_be_written_by_the_team(
@@ -368,7 +370,7 @@ def test_files_of_kernels_and_terminals_can_be_written_by_the_team(
     first.execute(f"!mkdir {TEAM}/of-kernel; echo 1 >{TEAM}/of-kernel/file")
     first.execute_in_terminal(f"mkdir {TEAM}/of-terminal; echo 1 >{TEAM}/of-terminal/file")
     model = {"type": "file", "format": "text", "content": "1"}
-    first.api("PUT", "contents/team/file", model)
+    first.api("PUT", "contents/course/material/team/file", model)
     for path in ("of-kernel/file", "of-terminal/file", "file"):
         info = (TEAM / path).stat()
         assert (info.st_mode & 0o777, (TEAM / path).group()) == (0o664, "nbtteam")

@@ -39,6 +39,8 @@ NAMES = {
     *("jupyter_server_proxy", "jupyter_server_ydoc", "jupyterlab_git", "nbclassic"),
     *("nbdime", "nbgitpuller", "voila.server_extension"),
 }
+START = "course/material"  # where notebooks start
+WELCOME = f"{START}/welcome.ipynb"
 # Two tabs: what the first writes into a cell, the second shows. In the language of
 # jupyter-collaboration, which the environment of the tests does not have.
 TABS = """
@@ -119,7 +121,7 @@ def student(course: Course) -> str:
 @pytest.fixture(scope="module")
 def notebook(course: Course, student: str) -> Notebook:
     notebook = course.notebook(student)
-    notebook.start_kernel(path="welcome.ipynb")
+    notebook.start_kernel(path=WELCOME)
     return notebook
 
 
@@ -149,7 +151,7 @@ def test_two_tabs_of_a_notebook_share_what_is_written(
     course: Course, student: str, notebook: Notebook
 ) -> None:
     done = subprocess.run(
-        [PYTHON, "-c", TABS, document_url(notebook, "welcome.ipynb")]
+        [PYTHON, "-c", TABS, document_url(notebook, WELCOME)]
         + [notebook.cookie_header(), course.directory / "notebooks.pem", "# by the first"],
         capture_output=True,
         text=True,
@@ -165,7 +167,7 @@ def test_no_extension_keeps_a_database_in_the_home(
     course: Course, student: str, notebook: Notebook
 ) -> None:
     """SQLite would run, in the server, what a student has written into one."""
-    document_url(notebook, "welcome.ipynb")
+    document_url(notebook, WELCOME)
     kernels = run_as(student, "find", ".ipython", "-name", "*.sqlite").stdout
     found = run_as(student, "find", ".", "-name", "*.db", "-o", "-name", "*.sqlite")
     assert found.stdout in ("", f"./{kernels}")
@@ -184,18 +186,18 @@ def test_a_repository_is_made_committed_and_looked_at(
         " git config --global user.email a@b; git config --global user.name Ada"
     )
     run_as(student, "sh", "-ec", script, check=True)
-    assert notebook.fetch("git/mine/init", "POST", "{}").json["code"] == 0
+    assert notebook.fetch(f"git/{START}/mine/init", "POST", "{}").json["code"] == 0
 
     hook = f"{repository}/.git/hooks/pre-commit"
     script = f"printf '#!/bin/sh\necho $$ >~/hooked\n' >{hook}; chmod +x {hook}"
     run_as(student, "sh", "-ec", script, check=True)
-    files = notebook.fetch("git/mine/status", "POST", "{}").json["files"]
+    files = notebook.fetch(f"git/{START}/mine/status", "POST", "{}").json["files"]
     assert [(each["x"], each["y"], each["to"]) for each in files] == [("?", "?", "new.txt")]
-    notebook.fetch("git/mine/add", "POST", json.dumps({"add_all": True}))
+    notebook.fetch(f"git/{START}/mine/add", "POST", json.dumps({"add_all": True}))
     body = json.dumps({"commit_msg": "first", "amend": False, "author": None})
-    answer = notebook.fetch("git/mine/commit", "POST", body)
+    answer = notebook.fetch(f"git/{START}/mine/commit", "POST", body)
     assert answer.json["code"] == 0, answer
-    assert notebook.fetch("git/mine/status", "POST", "{}").json["files"] == []
+    assert notebook.fetch(f"git/{START}/mine/status", "POST", "{}").json["files"] == []
     pid = (course.home(student) / "hooked").read_text()
     assert int(pid) != course.server(student).pid
 
@@ -208,7 +210,8 @@ def test_a_repository_of_the_teachers_is_pulled_by_a_link(
         " git -c user.email=a@b -c user.name=Ada commit -qm first"
     )
     run_as(student, "sh", "-ec", script, check=True)
-    query = f"repo=file://{course.home(student)}/origin&branch=main&targetpath=pulled"
+    query = f"repo=file://{course.home(student)}/origin&branch=main"
+    query += f"&targetpath={START}/pulled"
     assert "nbgitpuller" in notebook.fetch(f"git-pull?{query}").text
     assert '"phase": "finished"' in notebook.fetch(f"git-pull/api?{query}").text
     assert (course.home(student) / "course/material/pulled/two.txt").read_text() == "2\n"
@@ -264,18 +267,18 @@ def test_widgets_and_figures_reach_the_page(course: Course, notebook: Notebook) 
 def test_a_directory_is_downloaded_as_an_archive(notebook: Notebook) -> None:
     token = notebook.cookies["_xsrf"].value
     query = f"archiveToken=x&archiveFormat=zip&_xsrf={token}"
-    answer = notebook.fetch(f"directories/data?{query}")
+    answer = notebook.fetch(f"directories/{START}/data?{query}")
     with zipfile.ZipFile(io.BytesIO(answer.body)) as archive:
         assert archive.testzip() is None and archive.namelist()
 
 
 def test_the_classic_pages_are_shown(notebook: Notebook) -> None:
-    for page in ("nbclassic/tree", "nbclassic/notebooks/welcome.ipynb"):
+    for page in ("nbclassic/tree", f"nbclassic/notebooks/{WELCOME}"):
         assert notebook.fetch(page).status == 200
 
 
 def test_a_dashboard_is_made_of_a_notebook(notebook: Notebook) -> None:
-    page = notebook.fetch("voila/render/welcome.ipynb")
+    page = notebook.fetch(f"voila/render/{WELCOME}")
     assert page.status == 200
     assert "voila" in page.text
 
@@ -316,16 +319,16 @@ def test_templates_and_pages_in_the_home_are_used_by_no_extension(
     )
     run_as(username, "sh", "-ec", script, HOSTILE, *planted, check=True)
     notebook = course.notebook(username)
-    assert notebook.fetch("voila/render/welcome.ipynb").status == 200
+    assert notebook.fetch(f"voila/render/{WELCOME}").status == 200
     notebook.seconds = 4
     with contextlib.suppress(TimeoutError):  # what fails is never answered by voila
-        notebook.fetch("voila/render/welcome.ipynb?template=mine")
-    for page in ("nbclassic/tree", "nbclassic/notebooks/welcome.ipynb", "voila"):
+        notebook.fetch(f"voila/render/{WELCOME}?template=mine")
+    for page in ("nbclassic/tree", f"nbclassic/notebooks/{WELCOME}", "voila"):
         notebook.fetch(page)
     for page in (
         *("nbextensions/page.html", "voila/templates/lab/static/page.html"),
         *("voila/static/page.html", "voila/labextensions/page.html"),
-        *("lab/extensions/page.html", "voila/files/welcome.ipynb"),
+        *("lab/extensions/page.html", f"voila/files/{WELCOME}"),
     ):
         assert fetch(f"{notebook.url}{page}").status in (302, 403, 404), page
     assert not (course.home(username) / "ran").exists()
@@ -337,7 +340,7 @@ def test_a_file_of_the_students_name_is_no_database(course: Course) -> None:
     run_as(username, "sh", "-c", f"mkdir -p {DATA}; echo not one >{database}", check=True)
     course.server(username).kill()
     notebook = course.notebook(username)
-    document_url(notebook, "welcome.ipynb")
+    document_url(notebook, WELCOME)
     assert (course.home(username) / database).read_text() == "not one\n"
 
 
@@ -356,7 +359,7 @@ def test_nothing_of_the_templates_home_is_left_in_a_server(
             (notebook,) = support.wait_until(
                 lambda: logged_in(course, student), 60, "the probe"
             )
-            document_url(notebook, "welcome.ipynb")
+            document_url(notebook, WELCOME)
             course.server(student).send_signal(signal.SIGUSR2)
             assert process.stdout
             report = json.loads(process.stdout.readline())

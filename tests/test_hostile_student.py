@@ -40,6 +40,7 @@ OWN = ".local/share/notebooks/python{0}.{1}/lib/python{0}.{1}/site-packages/host
     *sys.version_info
 )
 START = "course/material"
+WELCOME = f"{START}/welcome.ipynb"
 KERNEL = {
     "display_name": "Mine",
     "language": "python",
@@ -130,17 +131,17 @@ def course(running: Running) -> Course:
 
 def export(notebook: Notebook, kind: str) -> Response:
     token = notebook.cookies["_xsrf"].value
-    return notebook.fetch(f"nbconvert/{kind}/welcome.ipynb?_xsrf={token}")
+    return notebook.fetch(f"nbconvert/{kind}/{WELCOME}?_xsrf={token}")
 
 
 def use(course: Course, username: str) -> None:
     """Do what could make a server run something of the student's."""
     notebook = course.notebook(username)
-    for page in ("tree", "lab", "notebooks/welcome.ipynb", "lab/api/settings"):
+    for page in ("tree", "lab", f"notebooks/{WELCOME}", "lab/api/settings"):
         assert notebook.fetch(page).status == 200
     for path in ("kernelspecs", "contents", "config/notebook", "nbconvert", "me"):
         notebook.api("GET", path)
-    notebook.start_kernel(path="welcome.ipynb")
+    notebook.start_kernel(path=WELCOME)
     assert notebook.execute("6 * 7") == "42"
     assert notebook.execute_in_terminal("python -c 'print(6 * 7)'") == "42"
     assert export(notebook, "html").status == 200
@@ -220,7 +221,7 @@ def test_no_database_in_a_home_is_opened(course: Course) -> None:
     """SQLite would run what is in it: here a notebook is trusted."""
     username = course.students[3]
     notebook = course.notebook(username)
-    notebook.api("POST", "contents/welcome.ipynb/trust")
+    notebook.api("POST", f"contents/{WELCOME}/trust")
     assert not [*course.home(username).rglob("*.db")]
 
 

@@ -51,7 +51,9 @@ def test_a_student_changes_their_own_password(course: Course) -> None:
     notebook.execute("1")
     before = course.server(username)
     page = fetch(f"{course.notebook_url(username)}login", context=course.context()).text
-    assert f":{course.port}/-password" in page
+    assert f":{course.port}/-password?username={username}" in page
+    form = fetch(f"{course.url}-password?username=%22%3Ea", context=course.context()).text
+    assert 'value="&quot;&gt;a"' in form
     answer = ask(course, username, old, NEW)
     assert CHANGED in answer and "<form" not in answer and 'href="/"' in answer
     assert course.rows()[username]["nb-pass"] == NEW
@@ -67,23 +69,28 @@ def test_a_student_changes_their_own_password(course: Course) -> None:
 
 
 @pytest.mark.parametrize(
-    ("new", "again"),
+    ("new", "again", "reason"),
     [
-        ("another one", "another 0ne"),
-        ("too short", ""),
-        ("=HYPERLINK(1)", ""),
-        ("ünïcödé wörds", ""),
-        ("line\nbreaks in it", ""),
-        ("{username}{username}", ""),
-        ("long" * 30, ""),
+        ("another one", "another 0ne", "typed twice in the same way"),
+        ("too short", "", "10 to 100 letters"),
+        ("long" * 30, "", "10 to 100 letters"),
+        ("=HYPERLINK(1)", "", "not begin with ="),
+        ("ünïcödé wörds", "", "English keyboard"),
+        ("line\nbreaks in it", "", "English keyboard"),
+        ("{username}{username}", "", "Your user name"),
+        ("{old}", "", "your password already"),
     ],
 )
-def test_a_bad_new_password_is_refused(course: Course, new: str, again: str) -> None:
+def test_a_bad_new_password_is_refused(
+    course: Course, new: str, again: str, reason: str
+) -> None:
     username = course.students[1]
     old = course.rows()[username]["nb-pass"]
     before, server = course.user_list.read_bytes(), course.server(username)
-    page = ask(course, username, old, new.format(username=username), again)
-    assert "twice in the same way" in page and "10 to 100" in page
+    page = ask(course, username, old, new.format(username=username, old=old), again)
+    assert reason in page
+    assert f'value="{username}"' in page  # nobody has to type it again
+    assert page.count(old) == 0
     assert course.user_list.read_bytes() == before
     assert course.server(username) == server
 

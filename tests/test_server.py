@@ -44,6 +44,7 @@ IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAA"
     "AABJRU5ErkJggg=="
 )
+WELCOME = "course/material/welcome.ipynb"
 KERNEL_VARIABLES = {"JPY_PARENT_PID", "JPY_SESSION_NAME", "PYDEVD_USE_FRAME_EVAL"}
 TERMINAL_VARIABLES = {"JUPYTER_SERVER_ROOT", "JUPYTER_SERVER_URL", "TERM", "COLUMNS"}
 TERMINAL_VARIABLES |= {"LINES", "PYXTERM_DIMENSIONS", "LS_COLORS"}
@@ -110,7 +111,7 @@ def student(course: Course) -> str:
 def notebook(course: Course, student: str) -> Notebook:
     """The first student's notebook, with a kernel."""
     notebook = course.notebook(student)
-    notebook.start_kernel(path="welcome.ipynb")
+    notebook.start_kernel(path=WELCOME)
     notebook.execute("import json, os, socket, stat, subprocess; from time import sleep")
     return notebook
 
@@ -147,7 +148,7 @@ def test_a_start_directory_that_is_made_again_does_not_end_kernels(
     script = f"mv {material} away; cp -r away {material}; rm -r away"
     run_as(student, "sh", "-ec", script, check=True)
     notebook = course.notebook(student)
-    for specification in ({}, {"path": "welcome.ipynb"}):
+    for specification in ({}, {"path": WELCOME}):
         notebook.start_kernel(**specification)
         directory = str(course.home(student) / material)
         assert notebook.execute("import os; print(os.getcwd())") == directory
@@ -401,18 +402,19 @@ def test_a_terminal_is_a_login_shell_of_the_student(
 
 def test_contents_can_be_made_read_renamed_and_changed(notebook: Notebook) -> None:
     model = {"type": "file", "format": "text", "content": "first"}
-    notebook.api("PUT", "contents/a file.txt".replace(" ", "%20"), model)
-    notebook.api("PATCH", "contents/a%20file.txt", {"path": "data/b.txt"})
-    notebook.api("PUT", "contents/data/b.txt", {**model, "content": "second"})
-    assert notebook.api("GET", "contents/data/b.txt")["content"] == "second"
-    assert get(notebook, "files/data/b.txt").text == "second"
-    assert notebook.fetch("api/contents/a%20file.txt").status == 404
+    notebook.api("PUT", "contents/course/a file.txt".replace(" ", "%20"), model)
+    moved = "course/material/data/b.txt"
+    notebook.api("PATCH", "contents/course/a%20file.txt", {"path": moved})
+    notebook.api("PUT", f"contents/{moved}", {**model, "content": "second"})
+    assert notebook.api("GET", f"contents/{moved}")["content"] == "second"
+    assert get(notebook, f"files/{moved}").text == "second"
+    assert notebook.fetch("api/contents/course/a%20file.txt").status == 404
 
 
 def test_new_files_are_the_students_alone(
     course: Course, student: str, notebook: Notebook
 ) -> None:
-    make_notebook(notebook, "mine.ipynb")
+    make_notebook(notebook, "course/material/mine.ipynb")
     path = course.home(student) / "course/material/mine.ipynb"
     assert path.stat().st_uid == pwd.getpwnam(student).pw_uid
     assert course.home(student).stat().st_mode & 0o077 == 0
@@ -423,8 +425,8 @@ def test_what_is_deleted_goes_to_the_students_trash(
     course: Course, student: str, notebook: Notebook
 ) -> None:
     model = {"type": "file", "format": "text", "content": "rubbish"}
-    notebook.api("PUT", "contents/rubbish.txt", model)
-    notebook.api("DELETE", "contents/rubbish.txt")
+    notebook.api("PUT", "contents/course/material/rubbish.txt", model)
+    notebook.api("DELETE", "contents/course/material/rubbish.txt")
     home = course.home(student)
     assert not (home / "course/material/rubbish.txt").exists()
     trash = home / ".local/share/Trash/files/rubbish.txt"
@@ -470,14 +472,14 @@ def test_a_server_takes_as_many_connections_as_the_system_allows(
     assert soft == hard and int(hard) > 1024
 
 
-@pytest.mark.parametrize("page", ["tree", "lab", "notebooks/welcome.ipynb", "api/me"])
+@pytest.mark.parametrize("page", ["tree", "lab", f"notebooks/{WELCOME}", "api/me"])
 def test_pages_of_the_front_end_are_there(notebook: Notebook, page: str) -> None:
     assert notebook.fetch(page).status == 200
 
 
 def test_pages_need_a_log_in(course: Course, student: str) -> None:
     url = course.notebook_url(student)
-    for page in ("tree", "files/welcome.ipynb", "nbconvert/html/welcome.ipynb"):
+    for page in ("tree", f"files/{WELCOME}", f"nbconvert/html/{WELCOME}"):
         response = fetch(url + page, context=course.context())
         assert response.status == 302
         assert response.headers["Location"].startswith(f"/{student}/login?")
@@ -515,10 +517,10 @@ def test_an_export_of_several_files_is_zipped(notebook: Notebook) -> None:
 def test_an_export_is_refused_to_other_sites_and_for_unknown_things(
     notebook: Notebook,
 ) -> None:
-    assert notebook.fetch("nbconvert/html/welcome.ipynb").status == 403
-    assert export(notebook, "unknown", "welcome.ipynb").status == 404
+    assert notebook.fetch(f"nbconvert/html/{WELCOME}").status == 403
+    assert export(notebook, "unknown", WELCOME).status == 404
     assert export(notebook, "html", "missing.ipynb").status == 404
-    assert export(notebook, "html", "%2e%2e/%2e%2e/.bashrc").status in (400, 404)
+    assert export(notebook, "html", "%2e%2e/%2e%2e/etc/passwd").status in (400, 404)
 
 
 def test_a_failing_export_names_the_reason(notebook: Notebook) -> None:

@@ -425,7 +425,7 @@ def saved_without_pause(course: Course, username: str, text: str) -> Iterator[No
 
     def save() -> None:
         while not ended.is_set():
-            notebook.api("PUT", "contents/large.ipynb", model)
+            notebook.api("PUT", "contents/course/material/large.ipynb", model)
             saved.set()
 
     thread = threading.Thread(target=save)
@@ -985,9 +985,9 @@ def test_the_last_part_may_be_the_students_name(feedback: Course) -> None:
     assert read(feedback, name, f"{name}/ps1/ps1.html") == f"the score of {name}"
     feedback.launch().wait_ready()
     notebook = feedback.notebook(name)
-    content = notebook.api("GET", f"contents/{name}")["content"]
+    content = notebook.api("GET", f"contents/course/{name}")["content"]
     assert [each["name"] for each in content] == ["ps1"]
-    assert f"/tree/{name}" in notebook.fetch("").headers["Location"]
+    assert f"/tree/course/{name}" in notebook.fetch("").headers["Location"]
 
 
 def test_nobody_is_led_to_somebody_elses_directory(feedback: Course) -> None:
