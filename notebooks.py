@@ -4170,107 +4170,478 @@ class SocketHandler(Upstream):  # type: ignore[misc]
 PHRASES = """
 [username]
 en = User name
+de = Benutzername
+fr = Nom d’utilisateur
+es = Nombre de usuario
+pt = Nome de login
+ru = Имя пользователя
+ja = ユーザー名
 [find]
 en = User name or name
+de = Benutzername oder Name
+fr = Nom d’utilisateur ou nom
+es = Nombre de usuario o nombre
+pt = Nome de login ou nome
+ru = Имя пользователя или имя
+ja = ユーザー名または名前
 [open]
 en = Open my notebook
+de = Mein Notebook öffnen
+fr = Ouvrir mon notebook
+es = Abrir mi cuaderno
+pt = Abrir o meu notebook
+ru = Открыть мой блокнот
+ja = 自分のノートブックを開く
 [nobody]
 en = Nobody here has this user name.
+de = Diesen Benutzernamen hat hier niemand.
+fr = Personne ici n’a ce nom d’utilisateur.
+es = Aquí nadie tiene ese nombre de usuario.
+pt = Ninguém aqui tem este nome de login.
+ru = Здесь ни у кого нет такого имени пользователя.
+ja = このユーザー名の人は登録されていません。
 [who]
 en = Who are you? The address leads to your own notebook.
+de = Wer ist da? Diese Adresse führt zum jeweils eigenen Notebook.
+fr = Qui êtes-vous ? Cette adresse mène à votre propre notebook.
+es = Indique quién es: esta dirección lleva a cada persona a su propio cuaderno.
+pt = Indique quem é: este endereço leva cada pessoa ao seu próprio notebook.
+ru = Кто вы? Этот адрес ведёт каждого в его собственный блокнот.
+ja = どなたですか？このアドレスからは、それぞれ自分のノートブックが開きます。
 [starting]
 en = Your notebook is being started. This page goes on to it by itself.
+de = Das Notebook wird gestartet. Danach geht es von selbst weiter.
+fr = Votre notebook démarre. Cette page y mènera automatiquement.
+es = El cuaderno se está iniciando. Esta página pasará a él automáticamente.
+pt = O notebook vai iniciar em instantes. Esta página avança automaticamente.
+ru = Блокнот запускается. Эта страница перейдёт к нему автоматически.
+ja = ノートブックを起動しています。準備ができると、自動的に移動します。
 [failed]
 en = Your notebook could not be started: tell your teacher. This page tries again.
+de = Das Notebook ließ sich nicht starten: bitte der Lehrkraft Bescheid geben. Diese Seite
+    versucht es weiter.
+fr = Votre notebook n’a pas pu démarrer : prévenez votre prof. Cette page réessaie
+    automatiquement.
+es = No se pudo iniciar el cuaderno: avise a su docente. Esta página lo sigue intentando.
+pt = Não foi possível iniciar o notebook: avise quem dá o curso. Esta página vai tentar de
+    novo.
+ru = Не удалось запустить блокнот: сообщите преподавателю. Эта страница попробует ещё раз.
+ja = ノートブックを起動できませんでした。先生に知らせてください。
+    このページは自動的に再試行します。
 [checking]
 en = Your browser is being tried out.
+de = Der Browser wird überprüft …
+fr = Vérification du navigateur…
+es = Comprobando el navegador…
+pt = Verificação do navegador…
+ru = Проверяем браузер…
+ja = ブラウザーを確認しています…
 [go]
 en = Go on to the notebook
+de = Weiter zum Notebook
+fr = Continuer vers le notebook
+es = Continuar al cuaderno
+pt = Continuar para o notebook
+ru = Перейти к блокноту
+ja = ノートブックに進む
 [no_certificate]
 en = Your browser does not trust the certificate of this host: notebooks may open, and say
     “Connecting” for ever.
+de = Der Browser vertraut dem Zertifikat dieses Servers nicht: Notebooks öffnen sich
+    womöglich, bleiben aber bei „Connecting“ hängen.
+fr = Votre navigateur ne fait pas confiance au certificat de ce serveur : les notebooks
+    s’ouvriront peut-être, mais resteront bloqués sur « Connecting ».
+es = El navegador no confía en el certificado de este servidor: puede que los cuadernos se
+    abran, pero que se queden siempre en «Connecting».
+pt = O navegador não confia no certificado deste servidor: os notebooks podem até abrir, mas
+    ficar parados em “Connecting”.
+ru = Браузер не доверяет сертификату этого сервера: блокноты, возможно, откроются, но так и
+    останутся в состоянии «Connecting».
+ja = ブラウザーがこのサーバーの証明書を信頼していません。ノートブックが開いても、
+    「Connecting」のまま先に進まないことがあります。
 [no_network]
 en = If the certificate is trusted, it is the network that lets no WebSockets through. Ask
     for WebSockets to this host, TCP ports {ports}, or take another network.
+de = Wenn dem Zertifikat vertraut wird, lässt das Netzwerk keine WebSockets durch. Abhilfe:
+    WebSockets zu diesem Server (TCP-Ports {ports}) freigeben lassen oder ein anderes
+    Netzwerk nehmen.
+fr = Si le certificat est approuvé, c’est le réseau qui bloque les WebSockets. Faites
+    autoriser les WebSockets vers ce serveur (ports TCP {ports}) ou changez de réseau.
+es = Si el certificado ya es de confianza, es la red la que bloquea los WebSockets.
+    Solución: pedir que se permitan hacia este servidor (puertos TCP {ports}) o usar otra
+    red.
+pt = Se o certificado já é de confiança, é a rede que bloqueia os WebSockets. Solução: pedir
+    que sejam permitidos para este servidor (portas TCP {ports}) ou usar outra rede.
+ru = Если сертификат уже доверенный, то WebSocket не пропускает сеть. Попросите разрешить
+    WebSocket к этому серверу (TCP-порты {ports}) или подключитесь к другой сети.
+ja = 証明書が信頼されている場合は、ネットワークがWebSocketを遮断しています。
+    このサーバーへのWebSocket（TCPポート {ports}）を許可してもらうか、
+    別のネットワークを使ってください。
 [ends]
 en = The certificate of this page ends on {date}: tell your teacher.
+de = Das Zertifikat dieser Seite läuft am {date} ab: bitte der Lehrkraft Bescheid geben.
+fr = Le certificat de cette page expire le {date} : prévenez votre prof.
+es = El certificado de esta página caduca el {date}: avise a su docente.
+pt = O certificado desta página expira em {date}: avise quem dá o curso.
+ru = Срок действия сертификата этой страницы истекает {date}: сообщите преподавателю.
+ja = このページの証明書は {date} に期限が切れます。先生に知らせてください。
 [trust]
 en = Have your device trust this host
+de = Diesem Server vertrauen
+fr = Faire confiance à ce serveur
+es = Confiar en este servidor
+pt = Confiar neste servidor
+ru = Сделать этот сервер доверенным
+ja = このサーバーを信頼する
 [trust_what]
 en = With this certificate your device trusts {names}, and nothing else: nobody has the key
     with which it could vouch for other hosts.
+de = Mit diesem Zertifikat vertraut das Gerät {names} und sonst nichts: Den Schlüssel, um
+    damit für andere Server zu bürgen, hat niemand.
+fr = Avec ce certificat, votre appareil fait confiance à {names}, et à rien d’autre :
+    personne n’a la clé qui permettrait de se porter garant d’autres serveurs.
+es = Con este certificado, el dispositivo confía en {names} y en nada más: nadie tiene la
+    clave con la que podría avalar otros servidores.
+pt = Com este certificado, o dispositivo confia em {names} e em mais nada: ninguém tem a
+    chave com que ele poderia responder por outros servidores.
+ru = С этим сертификатом устройство доверяет {names} и ничему больше: ключа, которым можно
+    было бы заверить другие серверы, ни у кого нет.
+ja = この証明書でデバイスが信頼するのは {names} だけです。
+    ほかのサーバーを保証するための鍵は、誰も持っていません。
 [get]
 en = Get the certificate
+de = Zertifikat herunterladen
+fr = Télécharger le certificat
+es = Descargar el certificado
+pt = Obter o certificado
+ru = Скачать сертификат
+ja = 証明書をダウンロード
 [compare]
 en = Your teacher can tell you its fingerprint (SHA-256), which must be the same:
+de = Die Lehrkraft kann den Fingerabdruck (SHA-256) nennen, der hiermit übereinstimmen muss:
+fr = Votre prof peut vous donner son empreinte (SHA-256), qui doit être identique à
+    celle-ci :
+es = Su docente puede decirle la huella digital (SHA-256), que debe coincidir con esta:
+pt = Quem dá o curso pode informar a impressão digital (SHA-256), que deve ser igual a esta:
+ru = Преподаватель может назвать отпечаток сертификата (SHA-256); он должен совпадать с
+    этим:
+ja = 証明書のフィンガープリント（SHA-256）は先生に聞けます。次と同じでなければなりません：
 [ios]
 en = Allow the download. In Settings, tap Profile Downloaded and install it; then switch it
     on in General > About > Certificate Trust Settings.
+de = Den Download zulassen. In den Einstellungen auf „Profil geladen“ tippen und das Profil
+    installieren; dann unter „Allgemein > Info > Zertifikatsvertrauenseinstellungen“
+    einschalten.
+fr = Autorisez le téléchargement. Dans Réglages, touchez « Profil téléchargé » et
+    installez-le, puis activez-le dans « Général > Informations > Réglages des
+    certificats ».
+es = Permitir la descarga. En Ajustes, tocar «Perfil descargado» e instalarlo; después,
+    activarlo en «General > Información > Ajustes de confianza de certificados».
+pt = Permitir o download. Nos Ajustes (Definições), tocar em “Perfil Baixado” (“Perfil
+    descarregado”) e instalar; depois, ativar em “Geral > Sobre > Certificados Confiáveis”
+    (em Portugal, no fim de “Geral > Informações”).
+ru = Разрешите загрузку. В Настройках нажмите «Профиль загружен» и установите его, затем
+    включите доверие в разделе «Основные > Об этом устройстве > Доверие сертификатам».
+ja = ダウンロードを許可します。「設定」で「プロファイルがダウンロードされました」を
+    タップしてインストールし、「一般」>「情報」>「証明書信頼設定」でオンにします。
 [mac]
 en = Open the file: Keychain Access adds it. Open the certificate there, then Trust, and
     choose Always Trust. Firefox needs its own steps.
+de = Die Datei öffnen: Die Schlüsselbundverwaltung fügt sie hinzu. Dort das Zertifikat
+    öffnen, dann „Vertrauen“, und „Immer vertrauen“ wählen. Firefox braucht eigene Schritte.
+fr = Ouvrez le fichier : Trousseaux d’accès l’ajoute. Ouvrez-y le certificat, puis « Se
+    fier », et choisissez « Toujours approuver ». Firefox a ses propres étapes.
+es = Abrir el archivo: Acceso a Llaveros lo añade. Abrir allí el certificado y, en
+    «Confiar», elegir «Confiar siempre». Firefox necesita sus propios pasos.
+pt = Abrir o certificado: ele passa a constar no Acesso às Chaves (Acesso ao Porta-chaves).
+    Abrir ali o certificado e, em “Confiar”, escolher “Confiar Sempre”. O Firefox tem passos
+    próprios.
+ru = Откройте файл: «Связка ключей» добавит сертификат. Откройте его там, затем раздел
+    «Доверие», и выберите «Всегда доверять». Для Firefox нужны отдельные шаги.
+ja = ファイルを開くと、「キーチェーンアクセス」に追加されます。そこで証明書を開き、
+    「信頼」で「常に信頼」を選びます。Firefoxには別の手順が必要です。
 [android]
 en = In Settings, search for “CA certificate”, tap Install anyway, and choose the file.
+de = In den Einstellungen nach „CA-Zertifikat“ suchen, auf „Trotzdem installieren“ tippen
+    und die Datei wählen.
+fr = Dans les paramètres, recherchez « certificat CA », touchez « Installer quand même » et
+    choisissez le fichier.
+es = En Ajustes, buscar «certificado de CA», tocar «Instalar de todos modos» y elegir el
+    archivo.
+pt = Nas configurações (definições), procurar “certificado de CA”, tocar em “Instalar mesmo
+    assim” e escolher o certificado.
+ru = В настройках найдите «Сертификат ЦС», нажмите «Всё равно установить» и выберите файл.
+ja = 設定で「CA 証明書」を検索し、「インストールする」をタップして、ファイルを選びます。
 [windows]
 en = Open the file, then Install Certificate, Current User, and place it in the store
     Trusted Root Certification Authorities. Firefox needs its own steps.
+de = Die Datei öffnen, dann „Zertifikat installieren“, „Aktueller Benutzer“, und sie im
+    Speicher „Vertrauenswürdige Stammzertifizierungsstellen“ ablegen. Firefox braucht eigene
+    Schritte.
+fr = Ouvrez le fichier, puis « Installer un certificat », « Utilisateur actuel », et
+    placez-le dans le magasin « Autorités de certification racines de confiance ». Firefox a
+    ses propres étapes.
+es = Abrir el archivo, después «Instalar certificado», «Usuario actual», y colocarlo en el
+    almacén «Entidades de certificación raíz de confianza». Firefox necesita sus propios
+    pasos.
+pt = Abrir o certificado, depois “Instalar Certificado”, “Usuário Atual” (“Utilizador
+    Atual”), e colocá-lo no repositório “Autoridades de Certificação Raiz Confiáveis”
+    (“Autoridades de certificação de raiz fidedigna”). O Firefox tem passos próprios.
+ru = Откройте файл, затем «Установить сертификат», «Текущий пользователь», и поместите его в
+    хранилище «Доверенные корневые центры сертификации». Для Firefox нужны отдельные шаги.
+ja = ファイルを開いて「証明書のインストール」、「現在のユーザー」と進み、
+    証明書ストアに「信頼されたルート証明機関」を選びます。Firefoxには別の手順が必要です。
 [chrome]
 en = In Chrome's Settings, search for certificates: under Authorities, or Custom, import the
     file, and trust it for identifying websites.
+de = In den Einstellungen von Chrome nach Zertifikaten suchen: unter
+    „Zertifizierungsstellen“ oder „Benutzerdefiniert“ die Datei importieren und ihr zur
+    Identifizierung von Websites vertrauen.
+fr = Dans les paramètres de Chrome, recherchez les certificats : sous « Autorités » ou
+    « Personnalisés », importez le fichier et faites-lui confiance pour identifier les sites
+    web.
+es = En la configuración de Chrome, buscar los certificados: en «Autoridades» («Entidades
+    emisoras») o «Personalizados», importar el archivo y confiar en él para identificar
+    sitios web.
+pt = Nas configurações (definições) do Chrome, procurar os certificados: em “Autoridades” ou
+    “Personalizados”, importar o certificado e confiar nele para identificar sites.
+ru = В настройках Chrome найдите сертификаты: в разделе «Центры сертификации» или
+    «Пользовательские» импортируйте файл и доверьте ему идентификацию сайтов.
+ja = Chromeの設定で証明書を検索し、「認証局」または「カスタム」でファイルをインポートして、
+    ウェブサイトの識別について信頼します。
 [firefox]
 en = In Settings, search for certificates: View Certificates, Authorities, Import; choose
     the file, and trust it to identify websites.
+de = In den Einstellungen nach Zertifikaten suchen: „Zertifikate anzeigen“,
+    „Zertifizierungsstellen“, „Importieren“; die Datei wählen und ihr vertrauen, um Websites
+    zu identifizieren.
+fr = Dans les paramètres, recherchez les certificats : « Afficher les certificats »,
+    « Autorités », « Importer » ; choisissez le fichier et confirmez-le pour identifier des
+    sites web.
+es = En Ajustes, buscar los certificados: «Ver certificados», «Autoridades», «Importar»;
+    elegir el archivo y confiar en él para identificar sitios web.
+pt = Nas configurações (definições), procurar os certificados: “Ver certificados”,
+    “Autoridades”, “Importar”; escolher o certificado e confiar nele para identificar sites.
+ru = В настройках найдите сертификаты: «Просмотр сертификатов», «Центры сертификации»,
+    «Импортировать»; выберите файл и отметьте доверие при идентификации веб-сайтов.
+ja = 設定で証明書を検索し、「証明書を表示」、「認証局証明書」、「インポート」と進みます。
+    ファイルを選び、ウェブサイトの識別について信頼します。
 [afterwards]
 en = Then close the browser, and open it again.
+de = Danach den Browser schließen und wieder öffnen.
+fr = Fermez ensuite le navigateur et rouvrez-le.
+es = Después, cerrar el navegador y volver a abrirlo.
+pt = Depois, fechar o navegador e abrir de novo.
+ru = Затем закройте браузер и откройте его снова.
+ja = そのあと、ブラウザーを閉じて、もう一度開いてください。
 [notebook_of]
 en = Notebook of
+de = Notebook von
+fr = Notebook de
+es = Cuaderno de
+pt = Notebook de
+ru = Блокнот:
+ja = ノートブック：
 [logged_out]
 en = You have logged out of the notebook of
+de = Abgemeldet vom Notebook von
+fr = Déconnexion réussie : notebook de
+es = Sesión cerrada: cuaderno de
+pt = Sessão encerrada: notebook de
+ru = Вы вышли из блокнота:
+ja = ログアウトしました：
 [not_yours]
 en = Not yours? Find your own.
+de = Nicht das richtige? Zum eigenen Notebook.
+fr = Pas le vôtre ? Trouvez votre notebook.
+es = ¿No es el suyo? Buscar el propio.
+pt = Não é o seu? Procurar o próprio.
+ru = Не ваш? Найдите свой.
+ja = 自分のものではない場合は、こちらで探す
 [to_page]
 en = To the page of the course
+de = Zur Kursseite
+fr = Aller à la page du cours
+es = Ir a la página del curso
+pt = Ir para a página do curso
+ru = На страницу курса
+ja = コースのページへ
 [again_in]
 en = Log in again
+de = Wieder anmelden
+fr = Se reconnecter
+es = Volver a iniciar sesión
+pt = Entrar de novo
+ru = Войти снова
+ja = もう一度ログインする
 [password]
 en = Notebook password
+de = Passwort des Notebooks
+fr = Mot de passe du notebook
+es = Contraseña del cuaderno
+pt = Senha do notebook
+ru = Пароль блокнота
+ja = ノートブックのパスワード
 [log_in]
 en = Log in
+de = Anmelden
+fr = Se connecter
+es = Iniciar sesión
+pt = Entrar
+ru = Войти
+ja = ログイン
 [wrong]
 en = That was not the password of this notebook. Is the Caps Lock key on? Is the name below
     yours?
+de = Das war nicht das Passwort dieses Notebooks. Ist die Feststelltaste an? Stimmt der Name
+    unten?
+fr = Ce n’est pas le mot de passe de ce notebook. La touche Verr. Maj est-elle activée ? Le
+    nom ci-dessous est-il le vôtre ?
+es = Esa no es la contraseña de este cuaderno. ¿Está activada la tecla Bloq Mayús? ¿Es suyo
+    el nombre de abajo?
+pt = Essa não é a senha deste notebook. A tecla Caps Lock está ativada? O nome abaixo é o
+    seu?
+ru = Это не пароль этого блокнота. Не включён ли Caps Lock? Ваше ли имя ниже?
+ja = このノートブックのパスワードではありません。Caps Lockがオンに
+    なっていませんか？下の名前は自分のものですか？
 [which]
 en = It asks for the password of the notebook, not for that of the account.
+de = Gefragt ist das Passwort des Notebooks, nicht das des Benutzerkontos.
+fr = C’est le mot de passe du notebook qui est demandé, pas celui du compte.
+es = Se pide la contraseña del cuaderno, no la de la cuenta.
+pt = É pedida a senha do notebook, não a da conta.
+ru = Нужен пароль блокнота, а не учётной записи.
+ja = アカウントではなく、ノートブックのパスワードを入力してください。
 [change]
 en = Change the password
+de = Passwort ändern
+fr = Changer le mot de passe
+es = Cambiar la contraseña
+pt = Alterar a senha
+ru = Изменить пароль
+ja = パスワードを変更
 [save_first]
 en = Save your work first: a new password ends your notebook and its kernels, wherever they
     are open. The new one needs ten characters at least.
+de = Vorher die Arbeit speichern: Ein neues Passwort beendet das Notebook und seine Kernel,
+    wo auch immer sie geöffnet sind. Das neue braucht mindestens zehn Zeichen.
+fr = Enregistrez d’abord votre travail : un nouveau mot de passe arrête votre notebook et
+    ses noyaux, où qu’ils soient ouverts. Il doit compter au moins dix caractères.
+es = Guarde antes su trabajo: una contraseña nueva cierra el cuaderno y sus kernels,
+    dondequiera que estén abiertos. La nueva debe tener al menos diez caracteres.
+pt = Salve antes o seu trabalho: uma senha nova encerra o notebook e os seus kernels, onde
+    quer que estejam abertos. A nova deve ter pelo menos dez caracteres.
+ru = Сначала сохраните работу: новый пароль завершит работу блокнота и его ядер, где бы они
+    ни были открыты. В нём должно быть не менее десяти символов.
+ja = 先に作業を保存してください。パスワードを変更すると、どこで開いていても、
+    ノートブックとそのカーネルは終了します。新しいパスワードは10文字以上必要です。
 [old]
 en = Notebook password so far
+de = Bisheriges Passwort des Notebooks
+fr = Mot de passe actuel du notebook
+es = Contraseña actual del cuaderno
+pt = Senha atual do notebook
+ru = Текущий пароль блокнота
+ja = 現在のノートブックのパスワード
 [new]
 en = New password
+de = Neues Passwort
+fr = Nouveau mot de passe
+es = Nueva contraseña
+pt = Nova senha
+ru = Новый пароль
+ja = 新しいパスワード
 [again]
 en = New password once more
+de = Neues Passwort wiederholen
+fr = Répéter le nouveau mot de passe
+es = Repetir la nueva contraseña
+pt = Repetir a nova senha
+ru = Новый пароль ещё раз
+ja = 新しいパスワード（もう一度）
 [changed]
 en = Your password is changed. Log in with the new one; open tabs can save then.
+de = Das Passwort ist geändert. Jetzt mit dem neuen anmelden; dann können offene Tabs wieder
+    speichern.
+fr = Votre mot de passe a été changé. Connectez-vous avec le nouveau ; les onglets ouverts
+    pourront alors enregistrer.
+es = Contraseña cambiada. Inicie sesión con la nueva; las pestañas abiertas podrán entonces
+    guardar.
+pt = A senha foi alterada. Entre com a nova; as páginas abertas poderão então salvar.
+ru = Пароль изменён. Войдите с новым, и открытые вкладки смогут сохранять.
+ja = パスワードを変更しました。新しいパスワードでログインすると、
+    開いているタブで保存できるようになります。
 [busy]
 en = Too many want a new password just now: try again in a minute.
+de = Gerade wollen zu viele ein neues Passwort: bitte in einer Minute noch einmal versuchen.
+fr = Trop de personnes changent de mot de passe en ce moment : réessayez dans une minute.
+es = Demasiadas personas están cambiando su contraseña: inténtelo de nuevo en un minuto.
+pt = Muita gente quer alterar a senha neste momento: tente de novo daqui a um minuto.
+ru = Сейчас слишком многие меняют пароль: попробуйте ещё раз через минуту.
+ja = パスワードを変更する人が集中しています。1分後にもう一度お試しください。
 [wrong_old]
 en = The user name or the old password is wrong.
+de = Der Benutzername oder das bisherige Passwort ist falsch.
+fr = Le nom d’utilisateur ou l’ancien mot de passe est incorrect.
+es = El nombre de usuario o la contraseña actual no son correctos.
+pt = O nome de login ou a senha atual está incorreto.
+ru = Имя пользователя или текущий пароль указаны неверно.
+ja = ユーザー名または現在のパスワードが正しくありません。
 [differ]
 en = The new password must be typed twice in the same way.
+de = Das neue Passwort muss zweimal gleich eingegeben werden.
+fr = Le nouveau mot de passe doit être saisi deux fois à l’identique.
+es = La nueva contraseña debe escribirse dos veces igual.
+pt = A nova senha deve ser escrita duas vezes da mesma forma.
+ru = Новый пароль нужно дважды ввести одинаково.
+ja = 新しいパスワードは、2回とも同じものを入力してください。
 [same]
 en = That is your password already: think of a new one.
+de = Das ist schon das bisherige Passwort: bitte ein neues ausdenken.
+fr = C’est déjà votre mot de passe : choisissez-en un nouveau.
+es = Esa ya es su contraseña: piense una nueva.
+pt = Essa já é a senha atual: escolha uma nova.
+ru = Это и есть ваш нынешний пароль: придумайте новый.
+ja = 現在のパスワードと同じです。別のものを考えてください。
 [has_name]
 en = Your user name must not be in the new password.
+de = Der Benutzername darf nicht im neuen Passwort vorkommen.
+fr = Le nouveau mot de passe ne doit pas contenir votre nom d’utilisateur.
+es = La nueva contraseña no debe contener el nombre de usuario.
+pt = A nova senha não pode conter o nome de login.
+ru = Новый пароль не должен содержать имя пользователя.
+ja = 新しいパスワードにユーザー名を含めることはできません。
 [weak]
 en = The new password must have 10 to 100 letters, digits and signs of an English keyboard,
     and not begin with = + - or @.
+de = Das neue Passwort muss aus 10 bis 100 Buchstaben, Ziffern und Zeichen einer englischen
+    Tastatur bestehen und darf nicht mit = + - oder @ beginnen.
+fr = Le nouveau mot de passe doit compter de 10 à 100 lettres, chiffres et signes d’un
+    clavier anglais, et ne pas commencer par = + - ou @.
+es = La nueva contraseña debe tener de 10 a 100 letras, cifras y signos de un teclado
+    inglés, y no empezar por = + - o @.
+pt = A nova senha deve ter de 10 a 100 letras, algarismos e sinais de um teclado inglês, e
+    não começar por = + - ou @.
+ru = Новый пароль должен состоять из 10–100 букв, цифр и знаков английской клавиатуры и не
+    начинаться с = + - или @.
+ja = 新しいパスワードは、英語キーボードの文字、数字、記号で10～100文字とし、
+    先頭に = + - @ は使えません。
 [is_starting]
 en = Your notebook is just being started: try again in a minute.
+de = Das Notebook wird gerade gestartet: bitte in einer Minute noch einmal versuchen.
+fr = Votre notebook est en train de démarrer : réessayez dans une minute.
+es = El cuaderno se está iniciando: inténtelo de nuevo en un minuto.
+pt = O notebook ainda não acabou de iniciar: tente de novo daqui a um minuto.
+ru = Блокнот как раз запускается: попробуйте ещё раз через минуту.
+ja = ノートブックを起動しているところです。1分後にもう一度お試しください。
 [not_changed]
 en = Not changed: try again in a minute, or ask your teacher.
+de = Nicht geändert: bitte in einer Minute noch einmal versuchen oder die Lehrkraft fragen.
+fr = Mot de passe inchangé : réessayez dans une minute, ou demandez à votre prof.
+es = Sin cambios: inténtelo de nuevo en un minuto o pregunte a su docente.
+pt = Não foi alterada: tente de novo daqui a um minuto ou fale com quem dá o curso.
+ru = Не изменён: попробуйте ещё раз через минуту или обратитесь к преподавателю.
+ja = 変更されませんでした。1分後にもう一度試すか、先生に聞いてください。
 """
 
 
@@ -6653,9 +7024,15 @@ class Launcher:
         running, config = self.count(ServerState.RUNNING), self.context.config
         say(f"{running} of {len(servers)} notebook servers run.")
         say(f"The firewall must let in TCP ports {self.context.ports}.")
-        digest = fingerprint(self.context.certificate.chain[0])
-        say(f"Fingerprint of the certificate (SHA-256): {digest}")
-        say(f"Ready: https://{visible_address(config)}:{config.port}/")
+        page = f"https://{visible_address(config)}:{config.port}/"
+        certificate = self.context.certificate
+        say(
+            f"Fingerprint of the certificate (SHA-256): {fingerprint(certificate.chain[0])}"
+        )
+        if certificate.authority:
+            digest = fingerprint(certificate.authority)
+            say(f"Devices trust it once they have that of {page}{TRUST_PATH}: {digest}")
+        say(f"Ready: {page}")
         self.announced = True
         release_memory()
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from notebooks import CHANGED, NewPassword, Ready, Site, Webserver
+from notebooks import NewPassword, Ready, Site, Webserver, phrase
 from support import Course, LogInRefused, Notebook, fetch, wait_until
 
 pytestmark = pytest.mark.root
 
 NEW = 'a "good", new; password'
+CHANGED = phrase("en", "changed")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_a_student_changes_their_own_password(course: Course) -> None:
     page = fetch(f"{course.notebook_url(username)}login", context=course.context()).text
     assert f":{course.port}/-password?username={username}" in page
     form = fetch(f"{course.url}-password?username=%22%3Ea", context=course.context()).text
-    assert 'value="&quot;&gt;a"' in form
+    assert 'value="&#34;&gt;a"' in form
     answer = ask(course, username, old, NEW)
     assert CHANGED in answer and "<form" not in answer and 'href="/"' in answer
     assert course.rows()[username]["nb-pass"] == NEW
