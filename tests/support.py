@@ -51,8 +51,8 @@ SECTIONS = {
     "Setup": "user_list tutorial_dir material_dir shared_dir password_length group"
     " keep_changed ignore profile",
     "Launch": "cert_file key_file server_address web_title language root_dir launch_dir"
-    " start_page port list_students on_demand idle_minutes idle_kernel_minutes debugger tcp_kernels"
-    " own_packages busy_minutes",
+    " start_page port list_students on_demand idle_minutes idle_kernel_minutes debugger"
+    " tcp_kernels own_packages busy_minutes",
     "Shutdown": "storage_dir owner retrieve_limit archive_dir archive_limit",
 }
 CA_CONFIGURATION = """\
