@@ -68,6 +68,7 @@ def test_an_empty_file_gives_the_defaults_beside_it(tmp_path: Path) -> None:
         key_file=None,
         server_address="",
         web_title="Notebooks",
+        language="en",
         root_dir=None,
         launch_dir=None,
         start_page="tree",

@@ -117,7 +117,7 @@ def ports_of(course: Course) -> set[int]:
 def test_launch_tells_what_the_teacher_has_to_know(course: Course, launch: Launch) -> None:
     first, last = course.port, course.port + 2
     assert "2 of 2 notebook servers run." in launch.output
-    assert f"TCP ports {first} to {last}." in launch.output
+    assert f"TCP ports {first}-{last}." in launch.output
     assert re.search(rf"^Ready: https://\S+:{first}/$", launch.output, re.MULTILINE)
     assert re.search(r"\(SHA-256\): ([0-9A-F]{2}:){31}[0-9A-F]{2}$", launch.output, re.M)
     assert ports_of(course) == {first + 1, last}
@@ -478,7 +478,7 @@ def test_a_taken_port_is_named_and_its_student_gets_one_above_the_range(
         assert f"(pid {process.pid}, user {second}); using {port + 3}" in launch.output
         ports = [int(row["port"]) - course.port for row in course.rows().values()]
         assert ports == [3, 4, 2]
-        assert f"TCP ports {course.port} to {port + 3}." in launch.output
+        assert f"TCP ports {course.port}-{port + 3}." in launch.output
         assert "0 of 3 notebook servers run." in launch.output
         assert [each.pid for each in course.processes()] == [process.pid]
         assert answers(course, second)  # the first visit starts it, and no other
