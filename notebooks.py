@@ -3827,17 +3827,21 @@ h1 { font-size: 1.6rem; } a { color: inherit; }
 form { display: flex; gap: .5rem; flex-wrap: wrap; margin: 1.5rem 0; }
 input, button { font: inherit; padding: .5rem .8rem; border: 1px solid #767676;
                 border-radius: .4rem; }
-input { flex: 100 1 12rem; min-width: 0; }
+input { flex: 100 1 12rem; min-width: 0; } label { flex: 1 0 100%; }
+label input { display: block; width: 100%; box-sizing: border-box; }
+::placeholder { color: inherit; opacity: .7; }
+:focus-visible { outline: .2rem solid #a8470b; outline-offset: .1rem; }
 button { flex: 1 0 auto; background: #a8470b; border-color: #a8470b; color: #fff; }
 ul { list-style: none; padding: 0; }
 li a { display: flex; justify-content: space-between; gap: 1rem; padding: .6rem .2rem;
        border-bottom: 1px solid #ddd; text-decoration: none; }
 li a:hover, li a:focus { background: #f6efe8; } code { color: #666; }
+li code { flex: none; max-width: 50%; }
 .message { border-left: .3rem solid #a8470b; padding: .3rem .8rem; }
 @media (prefers-color-scheme: dark) {
   body { color: #e6e6e6; background: #191919; } input { background: #222; color: inherit; }
   li a { border-color: #444; } li a:hover, li a:focus { background: #2c2620; }
-  code { color: #aaa; } }
+  code { color: #aaa; } :focus-visible { outline-color: #ff9d5c; } }
 """
 
 PAGE = """<!DOCTYPE html>
@@ -3846,8 +3850,10 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{style}</style></head>
 <body>
-<h1>{title}</h1>
+<main>
+<h1 dir="auto">{title}</h1>
 {body}
+</main>
 </body>
 </html>
 """
@@ -3922,7 +3928,7 @@ LOG_IN_PAGE = make_page(
 {% if message and message.error %}<p class="message" role="alert">That was not the password
 of this notebook. Is the Caps Lock key on? Is the name below yours?</p>{% endif %}
 <p>{{ "You have logged out of the" if is_out else "The" }} notebook of
-{% if order.name %}<strong>{{ order.name }}</strong>, {% endif -%}
+{% if order.name %}<strong dir="auto">{{ order.name }}</strong>, {% endif -%}
 <code>{{ order.username }}</code>.
 <a href="{{ order.page_url }}"{% if order.any_host %}
  onclick="this.hostname = location.hostname"{% endif %}>
@@ -5296,10 +5302,14 @@ PASSWORD_PATH = "-password"
 PASSWORD_FORM = f"""<p>Save your work first: a new password ends your notebook and its
 kernels, wherever they are open. The new one needs ten characters at least.</p>
 <form action="/{PASSWORD_PATH}" method="post">
-<input name="username" placeholder="User name" autocomplete="username" required>
-<input name="old" type="password" placeholder="Notebook password so far" required>
-<input name="new" type="password" placeholder="New password" minlength="10" required>
-<input name="again" type="password" placeholder="New password once more" required>
+<label>User name <input name="username" autocapitalize="none" autocomplete="username"
+ spellcheck="false" required></label>
+<label>Notebook password so far <input name="old" type="password"
+ autocomplete="current-password" required></label>
+<label>New password <input name="new" type="password" minlength="10"
+ autocomplete="new-password" required></label>
+<label>New password once more <input name="again" type="password"
+ autocomplete="new-password" required></label>
 <button>Change it</button>
 </form>
 """
@@ -5389,7 +5399,7 @@ def landing_page(
 
     rows = "".join(
         f'<li><a href="{html.escape(link.format(username))}">'
-        f"<span>{html.escape(name or username)}</span>"
+        f'<span dir="auto">{html.escape(name or username)}</span>'
         f"{f'<code>{username}</code>' if name else ''}</a></li>\n"
         for username, name, _ in students
     )

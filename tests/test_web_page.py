@@ -21,7 +21,7 @@ from support import Course, Response, fetch, tls_context
 
 HOSTILE = '<script>alert("1")</script> & Zoë'
 TITLE = "<i>R&D</i> {style} 100%"
-TAGS = "html head meta title style body h1 p form input button ul li a span code"
+TAGS = "html head meta title style body main h1 p form input button ul li a span code"
 WHO = "notebooks-student"  # the page's cookie
 # The students' names. In paths {bo} and {zoe} stand for their user names.
 NAMES = {"bo": "", "zoe": HOSTILE}
@@ -84,6 +84,7 @@ def test_names_titles_and_problems_are_shown_and_do_nothing() -> None:
     assert page.texts("p") == [f"There is no {HOSTILE}"]
     assert [each["href"] for each in page.attributes("a")] == ["/bo", "/zoe"]
     assert page.texts("span") == ["bo", HOSTILE]
+    assert {each["dir"] for each in page.attributes("span")} == {"auto"}  # Arabic, Hebrew
     assert page.texts("code") == ["zoe"]
 
 
