@@ -1,12 +1,10 @@
 """The whole way of a student, from the warning to the log-out, in three browsers."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from selenium.webdriver.remote.webelement import WebElement
 
-from conftest import CourseMaker
 from support import (
     BROWSERS,
     Browser,
@@ -67,14 +65,22 @@ def test_a_student_comes_from_the_warning_to_a_saved_result_and_leaves(
     use(browser, "input[type=password]")
 
 
-def test_nobody_is_warned_of_a_certificate_of_a_trusted_authority(
-    course: Course, make_course: CourseMaker, any_browser: Browser, tmp_path: Path
-) -> None:
-    authority, cert_file, key_file = make_signed_certificate(tmp_path)
+@pytest.fixture(scope="module")
+def school(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
+    """A course whose certificate is of an authority of its own, authority.pem."""
+    directory = tmp_path_factory.mktemp("school")
+    _, cert_file, key_file = make_signed_certificate(directory)
     files = {"cert_file": cert_file, "key_file": key_file}
-    school = make_course(1, web_title="School", on_demand="yes", **files)
-    school.check("setup")
-    school.launch().wait_ready()
+    with Course(directory, 1, web_title="School", on_demand="yes", **files) as course:
+        course.check("setup")
+        course.launch().wait_ready()
+        yield course
+
+
+def test_nobody_is_warned_of_a_certificate_of_a_trusted_authority(
+    course: Course, school: Course, any_browser: Browser
+) -> None:
+    authority = school.directory / "authority.pem"
     any_browser.trust(authority, course.directory / "notebooks.pem")
     any_browser.visit(school.url)
     assert not any_browser.warns()
