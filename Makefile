@@ -36,8 +36,9 @@ KERNELS_PREFIX = /opt/notebooks-kernels
 EXTENSIONS_PREFIX = /opt/notebooks-extensions
 EXTENSIONS = jupyter-collaboration jupyterlab-git jupyter-resource-usage jupyter-server-proxy \
     jupyterlab-lsp python-lsp-server ipympl nbgitpuller jupyter-archive nbclassic voila
-TEST_PACKAGES = acl chromium chromium-driver default-jre-headless exfat-fuse exfatprogs git \
-    libnss-extrausers openssl python3-venv strace tcc
+TEST_PACKAGES = acl chromium chromium-driver default-jre-headless exfat-fuse exfatprogs \
+    firefox-esr git libnss3-tools libnss-extrausers openssl python3-venv ratpoison \
+    strace tcc webkit2gtk-driver xvfb
 
 DEMO = $(PREFIX)-demo
 DEMO_CONFIG = $(DEMO)/notebooks.cfg
@@ -270,10 +271,13 @@ test-packages:
 	    apt-get install --yes --quiet --no-install-recommends $$missing
 	fi
 
-$(TEST_PREFIX)/installed: setup.cfg pyproject.toml | test-packages
+# Of axe-playwright-python the tests use axe.min.js alone: no Playwright.
+$(TEST_PREFIX)/installed: setup.cfg pyproject.toml Makefile | test-packages
 	umask 022
 	$(PYTHON) -m venv $(TEST_PREFIX)
 	$(TEST_PREFIX)/bin/pip install --quiet --disable-pip-version-check '.[test]'
+	$(TEST_PREFIX)/bin/pip install --quiet --disable-pip-version-check --no-deps \
+	    axe-playwright-python
 	rm -rf $(BUILD_FILES)
 	touch $@
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from selenium.webdriver.chrome.webdriver import WebDriver
+from selenium.webdriver.remote.webdriver import WebDriver
 
 import support
 
@@ -260,11 +260,23 @@ def launch(course: support.Course) -> support.Launch:
     return launch
 
 
+def need_programs(kind: type[support.Browser]) -> None:
+    for program in kind.programs:
+        if not os.access(program, os.X_OK):
+            pytest.skip(f"needs {program}")
+
+
 @pytest.fixture
 def browser() -> Iterator[WebDriver]:
     """A Chromium of 1280 x 900; `support.chromium` makes others."""
-    for program in (support.CHROMIUM, support.CHROMEDRIVER):
-        if not os.access(program, os.X_OK):
-            pytest.skip(f"needs {program}")
+    need_programs(support.Chromium)
     with support.chromium() as driver:
         yield driver
+
+
+@pytest.fixture(params=support.BROWSERS, ids=lambda kind: kind.__name__)
+def any_browser(request: pytest.FixtureRequest) -> Iterator[support.Browser]:
+    """Each of the browsers in turn, which warns of certificates."""
+    need_programs(request.param)
+    with request.param() as browser:
+        yield browser

@@ -9,6 +9,7 @@ import ctypes
 import grp
 import http.client
 import http.cookies
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -32,9 +33,18 @@ from typing import Any, NamedTuple, TypeVar
 import pexpect
 import psutil
 import websocket
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.chrome.webdriver import WebDriver
+from selenium.common.exceptions import (
+    WebDriverException,
+)
+from selenium.webdriver import chrome, webkitgtk
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.common.options import ArgOptions
+from selenium.webdriver.remote.command import Command
+from selenium.webdriver.remote.remote_connection import RemoteConnection
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.remote.webelement import WebElement
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks.py"
@@ -47,6 +57,15 @@ PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 READY = "Ready: https://"
 CHROMIUM = "/usr/bin/chromium"
 CHROMEDRIVER = "/usr/bin/chromedriver"
+FIREFOX = "/usr/bin/firefox-esr"
+MINIBROWSER = f"/usr/lib/{os.uname().machine}-linux-gnu/webkit2gtk-4.1/MiniBrowser"
+WEBKIT_DRIVER = "/usr/bin/WebKitWebDriver"
+XVFB = "/usr/bin/Xvfb"
+WINDOW_MANAGER = "/usr/bin/ratpoison"  # gives windows the focus
+CERTUTIL = "/usr/bin/certutil"
+AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
+CODE_CELL = ".jp-CodeCell"
+WCAG = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]  # axe-core's names of them
 SECTIONS = {
     "Setup": "user_list tutorial_dir material_dir shared_dir password_length group"
     " keep_changed ignore profile",
@@ -68,6 +87,44 @@ policy = any
 [any]
 commonName = supplied
 """
+
+FIREFOX_PREFERENCES = (  # any free port, and nothing of the net
+    '"marionette.port", 0',
+    '"app.normandy.enabled", false',
+    '"services.settings.server", "data:,"',
+    '"datareporting.policy.dataSubmissionEnabled", false',
+    '"toolkit.telemetry.server", ""',
+    '"browser.startup.page", 0',
+    '"browser.shell.checkDefaultBrowser", false',
+    '"security.dialog_enable_delay", 0',
+)
+MARIONETTE_COMMANDS = {
+    Command.NEW_SESSION: "WebDriver:NewSession",
+    Command.QUIT: "Marionette:Quit",
+    Command.SET_TIMEOUTS: "WebDriver:SetTimeouts",
+    Command.GET: "WebDriver:Navigate",
+    Command.GET_CURRENT_URL: "WebDriver:GetCurrentURL",
+    Command.GET_TITLE: "WebDriver:GetTitle",
+    Command.FIND_ELEMENT: "WebDriver:FindElement",
+    Command.FIND_ELEMENTS: "WebDriver:FindElements",
+    Command.FIND_CHILD_ELEMENT: "WebDriver:FindElement",
+    Command.FIND_CHILD_ELEMENTS: "WebDriver:FindElements",
+    Command.GET_SHADOW_ROOT: "WebDriver:GetShadowRoot",
+    Command.FIND_ELEMENTS_FROM_SHADOW_ROOT: "WebDriver:FindElementsFromShadowRoot",
+    Command.CLICK_ELEMENT: "WebDriver:ElementClick",
+    Command.CLEAR_ELEMENT: "WebDriver:ElementClear",
+    Command.SEND_KEYS_TO_ELEMENT: "WebDriver:ElementSendKeys",
+    Command.GET_ELEMENT_TEXT: "WebDriver:GetElementText",
+    Command.GET_ELEMENT_RECT: "WebDriver:GetElementRect",
+    Command.W3C_EXECUTE_SCRIPT: "WebDriver:ExecuteScript",
+    Command.W3C_EXECUTE_SCRIPT_ASYNC: "WebDriver:ExecuteAsyncScript",
+    Command.W3C_ACTIONS: "WebDriver:PerformActions",
+    Command.W3C_CLEAR_ACTIONS: "WebDriver:ReleaseActions",
+    Command.W3C_GET_CURRENT_WINDOW_HANDLE: "WebDriver:GetWindowHandle",
+    Command.W3C_GET_WINDOW_HANDLES: "WebDriver:GetWindowHandles",
+    Command.SWITCH_TO_WINDOW: "WebDriver:SwitchToWindow",
+    Command.SCREENSHOT: "WebDriver:TakeScreenshot",
+}
 
 Value = TypeVar("Value")
 
@@ -746,11 +803,85 @@ def environment_has(process: psutil.Process, name: str, value: str) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def chromium(width: int = 1280, height: int = 900) -> Iterator[WebDriver]:
-    """Yield a headless Chromium that leaves no file and no process."""
-    with tempfile.TemporaryDirectory(prefix="nbt-", dir="/tmp") as home:
-        options = Options()
+class Browser:
+    """A browser in a home of its own, which leaves no file and no process.
+
+    Selenium drives each of them, so that a test reads the same for all. Unless it is
+    lenient, it warns of certificates that it does not know.
+    """
+
+    programs: tuple[str, ...] = ()
+
+    def __init__(self, width: int = 1280, height: int = 900, lenient: bool = False):
+        self.width, self.height, self.lenient = width, height, lenient
+        self.home = Path()
+        self.resources = contextlib.ExitStack()
+
+    def __enter__(self) -> "Browser":
+        with self.resources as stack:
+            directory = tempfile.TemporaryDirectory(prefix="nbt-", dir="/tmp")
+            self.home = Path(stack.enter_context(directory))
+            stack.callback(kill_all, self.processes, type(self).__name__)
+            self.start()
+            self.resources = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self.resources:
+            self.driver.quit()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**ENVIRONMENT, "HOME": str(self.home), "TMPDIR": str(self.home)}
+
+    def processes(self) -> list[psutil.Process]:
+        return [
+            process
+            for process in psutil.process_iter()
+            if environment_has(process, "TMPDIR", str(self.home))
+        ]
+
+    def connect(self) -> WebDriver:
+        """Start the browser, and return what drives it."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        self.driver = self.connect()
+        self.driver.set_page_load_timeout(60)
+
+    def restart(self) -> None:
+        """End the browser and start it again in the same home."""
+        self.driver.quit()
+        self.start()
+
+    def trust(self, *certificates: Path) -> None:
+        """Let the browser trust these authorities: it is started again."""
+        self.driver.quit()
+        for path in certificates:
+            self.add_authority(path)
+        self.start()
+
+    def add_authority(self, certificate: Path) -> None:
+        raise NotImplementedError
+
+    def visit(self, url: str) -> None:
+        """Open a page, or the warning that stands before it."""
+        self.driver.get(url)
+
+    def warns(self) -> bool:
+        """Say whether there is a warning of a certificate in the page's place."""
+        raise NotImplementedError
+
+    def go_on(self) -> None:
+        """Leave the warning for the page, as users do."""
+        raise NotImplementedError
+
+
+class Chromium(Browser):
+    programs = CHROMIUM, CHROMEDRIVER, CERTUTIL
+
+    def connect(self) -> WebDriver:
+        options = chrome.options.Options()
         options.binary_location = CHROMIUM
         for argument in (
             "--headless=new",
@@ -762,29 +893,307 @@ def chromium(width: int = 1280, height: int = 900) -> Iterator[WebDriver]:
             "--disable-component-update",
             "--disable-sync",
             "--disable-dev-shm-usage",
-            "--ignore-certificate-errors",
-            f"--window-size={width},{height}",
-            f"--user-data-dir={home}/profile",
+            f"--window-size={self.width},{self.height}",
+            f"--user-data-dir={self.home}/profile",
+            *["--ignore-certificate-errors"] * self.lenient,
         ):
             options.add_argument(argument)
-        environment = {**ENVIRONMENT, "HOME": home, "TMPDIR": home}
-        service = Service(CHROMEDRIVER, env=environment)
-        phone = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
-        try:
-            driver = WebDriver(options, service)
-            try:
-                driver.set_page_load_timeout(60)
-                if width < 500:  # no window is narrower; a phone's page is
-                    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-                yield driver
-            finally:
-                driver.quit()
-        finally:
-            kill_all(
-                lambda: [
-                    process
-                    for process in psutil.process_iter()
-                    if environment_has(process, "TMPDIR", home)
-                ],
-                "Chromium",
-            )
+        service = chrome.service.Service(CHROMEDRIVER, env=self.environment)
+        driver = chrome.webdriver.WebDriver(options, service)
+        if self.width < 500:  # no window is narrower; a phone's page is
+            phone = {"width": self.width, "height": self.height}
+            phone |= {"deviceScaleFactor": 1, "mobile": True}
+            driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        return driver
+
+    def add_authority(self, certificate: Path) -> None:
+        add_to_nss(self.home / ".pki/nssdb", certificate)
+
+    def warns(self) -> bool:
+        return bool(self.driver.find_elements(By.ID, "proceed-link"))
+
+    def go_on(self) -> None:
+        use(self.driver, "#details-button", "", WebElement.click)
+        use(self.driver, "#proceed-link", "", WebElement.click)
+
+
+class Firefox(Browser):
+    programs = FIREFOX, CERTUTIL
+
+    def connect(self) -> WebDriver:
+        profile = self.home / "profile"
+        profile.mkdir(exist_ok=True)
+        lines = [f"user_pref({name});" for name in FIREFOX_PREFERENCES]
+        (profile / "user.js").write_text("\n".join(lines))
+        port_file = profile / "MarionetteActivePort"
+        port_file.unlink(missing_ok=True)
+        size = f"--width {self.width} --height {self.height}"
+        process = subprocess.Popen(
+            [FIREFOX, "--headless", "--marionette", *size.split(), "--profile", profile],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=self.environment,
+        )
+        wait_until(lambda: port_file.exists() and port_file.read_text(), 60, "Firefox")
+        options = ArgOptions()
+        options.accept_insecure_certs = self.lenient
+        return WebDriver(Marionette(int(port_file.read_text()), process), options=options)
+
+    def add_authority(self, certificate: Path) -> None:
+        add_to_nss(self.home / "profile", certificate)
+
+    def warns(self) -> bool:
+        address = self.driver.execute_script("return document.documentURI")
+        return str(address).startswith("about:certerror")
+
+    def go_on(self) -> None:
+        """The buttons are in a tree of their own; a click too soon does nothing."""
+
+        def gone() -> bool:
+            with contextlib.suppress(WebDriverException):
+                card = self.driver.find_element(By.CSS_SELECTOR, "net-error-card")
+                for name in ("exception-button", "advanced-button"):
+                    for button in card.shadow_root.find_elements(By.ID, name):
+                        button.click()
+                        time.sleep(0.5)
+                        return not self.warns()
+            return not self.warns()
+
+        wait_until(gone, 30, "the page behind the warning")
+
+
+class Marionette(RemoteConnection):
+    """Selenium's way to Firefox's own server: Debian has no geckodriver to stand between.
+
+    Source: Firefox Source Docs, Marionette, Protocol.
+    """
+
+    def __init__(self, port: int, process: "subprocess.Popen[bytes]"):
+        self.process, self.number = process, 0
+        self.connection = socket.create_connection(("127.0.0.1", port), timeout=120)
+        self.file = self.connection.makefile("rb")
+        self.receive()  # it says who it is
+
+    def receive(self) -> Any:
+        digits = b""
+        while (byte := self.file.read(1)) != b":":
+            assert byte, "Firefox has ended"
+            digits += byte
+        return json.loads(self.file.read(int(digits)))
+
+    def execute(self, command: str, params: Any) -> Any:
+        """Return what Selenium wants to know: the value, or the error and a status."""
+        params = {key: params[key] for key in params or {} if key != "sessionId"}
+        match command:
+            case Command.NEW_SESSION:
+                params = params["capabilities"]["alwaysMatch"]
+            case Command.FIND_CHILD_ELEMENT | Command.FIND_CHILD_ELEMENTS:
+                params["element"] = params.pop("id")
+            case Command.FIND_ELEMENTS_FROM_SHADOW_ROOT:
+                params["shadowRoot"] = params.pop("shadowId")
+            case Command.SCREENSHOT:
+                params["full"] = False
+            case Command.QUIT:
+                params = {"flags": ["eAttemptQuit"]}
+        self.number += 1
+        message = json.dumps([0, self.number, MARIONETTE_COMMANDS[command], params])
+        self.connection.sendall(f"{len(message)}:{message}".encode())
+        _, number, error, value = self.receive()
+        assert number == self.number
+        if error and error["error"] != "insecure certificate":  # its warning is a page
+            return {"status": 500, "value": json.dumps({"value": error})}
+        if isinstance(value, dict) and [*value] == ["value"]:
+            value = value["value"]
+        return {"status": 0, "value": value}
+
+    def close(self) -> None:
+        self.file.close()
+        self.connection.close()
+        self.process.wait(30)
+
+
+class WebKit(Browser):
+    """WebKitGTK's small browser, which needs a display; Safari is its cousin."""
+
+    programs = MINIBROWSER, WEBKIT_DRIVER, XVFB, WINDOW_MANAGER
+
+    def __enter__(self) -> "Browser":
+        self.display = ""
+        return super().__enter__()
+
+    def connect(self) -> WebDriver:
+        if not self.display:
+            self.display = self.open_display()
+        options = webkitgtk.options.Options()
+        options.binary_location = MINIBROWSER
+        for argument in ("--automation", f"--geometry={self.width}x{self.height}"):
+            options.add_argument(argument)
+        options.accept_insecure_certs = self.lenient
+        environment = {**self.environment, "DISPLAY": self.display}
+        service = webkitgtk.service.Service(WEBKIT_DRIVER, env=environment)
+        return webkitgtk.webdriver.WebDriver(options, service)
+
+    def open_display(self) -> str:
+        size = f"{self.width}x{self.height}x24"
+        options = f"-displayfd 1 -screen 0 {size} -nolisten tcp".split()
+        server = subprocess.Popen(
+            [XVFB, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=self.environment,
+        )
+        self.resources.enter_context(server)
+        self.resources.callback(server.terminate)
+        assert server.stdout
+        display = f":{server.stdout.readline().decode().strip()}"
+        environment = {**self.environment, "DISPLAY": display}
+        manager = subprocess.Popen([WINDOW_MANAGER], env=environment)
+        self.resources.enter_context(manager)
+        self.resources.callback(manager.terminate)
+        return display
+
+    def add_authority(self, certificate: Path) -> None:
+        """It trusts whom the host trusts: in the tests that is their own copy of /etc."""
+        before = AUTHORITIES.read_text()
+        self.resources.callback(AUTHORITIES.write_text, before)
+        AUTHORITIES.write_text(before + certificate_text(certificate))
+
+    def visit(self, url: str) -> None:
+        self.url = url
+        super().visit(url)
+
+    def warns(self) -> bool:
+        """The warning is the window's own: the page stays empty."""
+        return self.driver.current_url == "about:blank"
+
+    def go_on(self) -> None:
+        self.lenient = True  # the button is out of the driver's reach
+        self.restart()
+        self.visit(self.url)
+
+
+BROWSERS = Chromium, Firefox, WebKit
+
+
+def add_to_nss(database: Path, certificate: Path) -> None:
+    """Let Chromium or Firefox trust an authority; the file has the certificate."""
+    if not (database / "cert9.db").exists():
+        database.mkdir(parents=True, exist_ok=True)
+        command = [CERTUTIL, "-N", "-d", f"sql:{database}", "--empty-password"]
+        subprocess.run(command, check=True)
+    command = [CERTUTIL, "-A", "-a", "-d", f"sql:{database}", "-t", "C,,"]
+    command += ["-n", str(certificate)]
+    subprocess.run(command, input=certificate_text(certificate), text=True, check=True)
+
+
+def certificate_text(path: Path) -> str:
+    """Return the first certificate in a file, without the key."""
+    command = ["openssl", "x509", "-in", str(path)]
+    return subprocess.check_output(command, text=True)
+
+
+def axe_violations(browser: WebDriver) -> list[str]:
+    """Return where axe-core says that the page fails WCAG 2.1, levels A and AA."""
+    spec = importlib.util.find_spec("axe_playwright_python")
+    assert spec and spec.origin, "axe-core is missing: see the Makefile"
+    browser.execute_script(Path(spec.origin).with_name("axe.min.js").read_text())
+    found = browser.execute_async_script(
+        "axe.run({runOnly: arguments[0]}).then(arguments[1])", WCAG
+    )
+    return [
+        f"{violation['id']}: {node['html']}: {node['failureSummary']}"
+        for violation in found["violations"]
+        for node in violation["nodes"]
+    ]
+
+
+def emulate(browser: WebDriver, width: int, scheme: str) -> None:
+    """Show a page of Chromium's at this width, in the colours of `light` or `dark`."""
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+@contextlib.contextmanager
+def chromium(width: int = 1280, height: int = 900) -> Iterator[WebDriver]:
+    """Yield a Chromium to which all certificates are the same."""
+    with Chromium(width, height, lenient=True) as browser:
+        yield browser.driver
+
+
+def use(
+    browser: WebDriver,
+    selector: str,
+    text: str = "",
+    action: Callable[[WebElement], object] = lambda element: None,
+    seconds: float = 60.0,
+) -> None:
+    """Do something with the first element of a CSS selector that shows the text.
+
+    It is looked for until it is there; the page may be drawing it anew meanwhile.
+    """
+
+    def done() -> bool:
+        with contextlib.suppress(WebDriverException):
+            for element in browser.find_elements(By.CSS_SELECTOR, selector):
+                if text in element.text and element.is_displayed():
+                    action(element)
+                    return True
+        return False
+
+    wait_until(done, seconds, f"{selector} with {text!r} in {browser.title!r}")
+
+
+def write(*keys: str) -> Callable[[WebElement], None]:
+    return lambda element: element.send_keys(*keys)
+
+
+def log_in(browser: WebDriver, course: Course, username: str) -> None:
+    password = course.rows()[username]["nb-pass"]
+    use(browser, "input[type=password]", "", write(password, Keys.ENTER))
+
+
+def run_cell(browser: WebDriver) -> Callable[[WebElement], None]:
+    """Click into a cell and press Shift + Enter, once the page has the click."""
+
+    def run(editor: WebElement) -> None:
+        editor.click()
+        use(browser, f"{CODE_CELL}.jp-mod-active .cm-focused")
+        keys = ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER)
+        keys.key_up(Keys.SHIFT).perform()
+
+    return run
+
+
+def computes(browser: WebDriver, code: str, output: str) -> bool:
+    """Run a cell and say whether it shows this; a key may be lost while it is drawn."""
+    use(browser, f"{CODE_CELL} .cm-content", code, run_cell(browser))
+    with contextlib.suppress(TimeoutError):
+        use(browser, f"{CODE_CELL} .jp-OutputArea-output", output, seconds=15)
+        return True
+    return False
+
+
+def switch_to(browser: WebDriver, part: str) -> bool:
+    """Go to the window whose address has this part, if there is one."""
+    for handle in browser.window_handles:
+        browser.switch_to.window(handle)
+        if part in browser.current_url:
+            return True
+    return False
+
+
+def save(browser: WebDriver) -> None:
+    keys = ActionChains(browser).key_down(Keys.CONTROL).send_keys("s")
+    keys.key_up(Keys.CONTROL).perform()
+
+
+def saved_outputs(notebook: Path) -> list[object]:
+    """Return the text results in a notebook file; none while it is being written."""
+    try:
+        cells = json.loads(notebook.read_text())["cells"]
+    except json.JSONDecodeError:
+        return []
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return ["".join(output["data"]["text/plain"]) for output in outputs]

@@ -2,100 +2,28 @@
 
 import contextlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from selenium.common.exceptions import WebDriverException
-from selenium.webdriver.chrome.webdriver import WebDriver
 from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
 from conftest import CourseMaker
-from support import Course, chromium, wait_until
+from support import (
+    chromium,
+    computes,
+    log_in,
+    save,
+    saved_outputs,
+    switch_to,
+    use,
+    wait_until,
+    write,
+)
 
 pytestmark = pytest.mark.root
-
-CODE_CELL = ".jp-CodeCell"
-
-
-def use(
-    browser: WebDriver,
-    selector: str,
-    text: str = "",
-    action: Callable[[WebElement], object] = lambda element: None,
-    seconds: float = 60.0,
-) -> None:
-    """Do something with the first element of a CSS selector that shows the text.
-
-    It is looked for until it is there; the page may be drawing it anew meanwhile.
-    """
-
-    def done() -> bool:
-        with contextlib.suppress(WebDriverException):
-            for element in browser.find_elements(By.CSS_SELECTOR, selector):
-                if text in element.text and element.is_displayed():
-                    action(element)
-                    return True
-        return False
-
-    wait_until(done, seconds, f"{selector} with {text!r} in {browser.title!r}")
-
-
-def write(*keys: str) -> Callable[[WebElement], None]:
-    return lambda element: element.send_keys(*keys)
-
-
-def log_in(browser: WebDriver, course: Course, username: str) -> None:
-    password = course.rows()[username]["nb-pass"]
-    use(browser, "input[type=password]", "", write(password, Keys.ENTER))
-
-
-def run_cell(browser: WebDriver) -> Callable[[WebElement], None]:
-    """Click into a cell and press Shift + Enter, once the page has the click."""
-
-    def run(editor: WebElement) -> None:
-        editor.click()
-        use(browser, f"{CODE_CELL}.jp-mod-active .cm-focused")
-        keys = ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER)
-        keys.key_up(Keys.SHIFT).perform()
-
-    return run
-
-
-def computes(browser: WebDriver, code: str, output: str) -> bool:
-    """Run a cell and say whether it shows this; a key may be lost while it is drawn."""
-    use(browser, f"{CODE_CELL} .cm-content", code, run_cell(browser))
-    with contextlib.suppress(TimeoutError):
-        use(browser, f"{CODE_CELL} .jp-OutputArea-output", output, seconds=15)
-        return True
-    return False
-
-
-def switch_to(browser: WebDriver, part: str) -> bool:
-    """Go to the window whose address has this part, if there is one."""
-    for handle in browser.window_handles:
-        browser.switch_to.window(handle)
-        if part in browser.current_url:
-            return True
-    return False
-
-
-def save(browser: WebDriver) -> None:
-    keys = ActionChains(browser).key_down(Keys.CONTROL).send_keys("s")
-    keys.key_up(Keys.CONTROL).perform()
-
-
-def saved_outputs(notebook: Path) -> list[object]:
-    """Return the text results in a notebook file; none while it is being written."""
-    try:
-        cells = json.loads(notebook.read_text())["cells"]
-    except json.JSONDecodeError:
-        return []
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    return ["".join(output["data"]["text/plain"]) for output in outputs]
 
 
 def saved_code(notebook: Path) -> list[str]:

@@ -15,11 +15,10 @@ from typing import Any
 import psutil
 import pytest
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
-from selenium.webdriver.chrome.webdriver import WebDriver
+from selenium.webdriver.remote.webdriver import WebDriver
 
 import notebooks
-from support import Course, ExecutionError, Notebook, run_as, wait_until
-from test_browser import log_in, use
+from support import Course, ExecutionError, Notebook, log_in, run_as, use, wait_until
 from test_server import eavesdrop
 
 pytestmark = pytest.mark.root

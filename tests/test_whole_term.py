@@ -5,12 +5,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from selenium.webdriver.chrome.webdriver import WebDriver
+from selenium.webdriver.remote.webdriver import WebDriver
 
 from conftest import CourseMaker
-from support import Course, run_as
+from support import CODE_CELL, Course, log_in, run_as, use
 from test_accounts import exists, members
-from test_browser import CODE_CELL, log_in, use
 from test_term import line_of, snapshot
 
 pytestmark = pytest.mark.root
