@@ -5311,7 +5311,10 @@ kernels, wherever they are open. The new one needs ten characters at least.</p>
 <button>Change it</button>
 </form>
 """
-CHANGED = "Your password is changed. Log in with the new one; open tabs can save then."
+CHANGED = (
+    "Your password is changed. Log in with the new one: then open tabs can save, and they"
+    " compute once they are loaded again."
+)
 TO_THE_NOTEBOOK = '<p><a href="/">To the page of the course</a></p>'
 
 MAX_TRIES = 30  # of passwords that wait for their turn
