@@ -4560,17 +4560,20 @@ pt = Repetir a nova senha
 ru = Новый пароль ещё раз
 ja = 新しいパスワード（もう一度）
 [changed]
-en = Your password is changed. Log in with the new one; open tabs can save then.
-de = Das Passwort ist geändert. Jetzt mit dem neuen anmelden; dann können offene Tabs wieder
-    speichern.
-fr = Votre mot de passe a été changé. Connectez-vous avec le nouveau ; les onglets ouverts
-    pourront alors enregistrer.
-es = Contraseña cambiada. Inicie sesión con la nueva; las pestañas abiertas podrán entonces
-    guardar.
-pt = A senha foi alterada. Entre com a nova; as páginas abertas poderão então salvar.
-ru = Пароль изменён. Войдите с новым, и открытые вкладки смогут сохранять.
-ja = パスワードを変更しました。新しいパスワードでログインすると、
-    開いているタブで保存できるようになります。
+en = Your password is changed. Log in with the new one: then open tabs can save, and they
+    compute once they are loaded again.
+de = Das Passwort ist geändert. Nach dem Anmelden mit dem neuen lassen sich offene Tabs
+    wieder speichern; sie rechnen wieder, sobald sie neu geladen sind.
+fr = Votre mot de passe est changé. Connectez-vous avec le nouveau : les onglets ouverts
+    pourront enregistrer, puis calculer une fois rechargés.
+es = La contraseña se ha cambiado. Inicie sesión con la nueva: entonces las pestañas
+    abiertas podrán guardar, y calcularán cuando se vuelvan a cargar.
+pt = A senha foi alterada. Entre com a nova: as abas abertas podem então salvar e voltam a
+    calcular depois de recarregadas.
+ru = Пароль изменён. Войдите с новым: тогда открытые вкладки смогут сохранять, а после
+    перезагрузки — и вычислять.
+ja = パスワードを変更しました。新しいパスワードでログインすると、開いているタブで保存でき、
+    再読み込みすると計算もできます。
 [busy]
 en = Too many want a new password just now: try again in a minute.
 de = Gerade wollen zu viele ein neues Passwort: bitte in einer Minute noch einmal versuchen.

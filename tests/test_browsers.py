@@ -53,7 +53,7 @@ def test_a_student_comes_from_the_warning_to_a_saved_result_and_leaves(
     log_in(browser, course, username)
 
     use(browser, ".jp-DirListing-item", "welcome.ipynb")
-    browser.get(course.notebook_url(username) + "notebooks/welcome.ipynb")
+    browser.get(course.notebook_url(username) + "notebooks/course/material/welcome.ipynb")
     use(browser, ".jp-Notebook-ExecutionIndicator[data-status=idle]")
     wait_until(lambda: computes(browser, "sum(range(1, 101))", "5050"), 60, "5050")
     save(browser)
