@@ -4142,7 +4142,9 @@ class SocketHandler(Upstream):  # type: ignore[misc]
 
     upstream = "tornado.websocket.WebSocketHandler"
     come: "collections.deque[str]"  # numbers of tries
-    report: Callable[[str, str], None]  # to the teacher: user name, and what fails
+
+    def report(self, username: str, kind: str) -> None:
+        """Take what fails in somebody's browser."""
 
     async def get(self) -> None:
         number = self.get_query_argument("try", "")[:20]
@@ -5571,9 +5573,7 @@ def make_app(
         str(config_dir),
         *app.config_manager.read_config_path,
     ]
-    sockets = with_upstream(
-        SocketHandler, come=collections.deque([], MAX_TRIED), report=print
-    )
+    sockets = with_upstream(SocketHandler, come=collections.deque([], MAX_TRIED))
     handlers = [*export_handlers(app.base_url), (f"{app.base_url}{SOCKET_PATH}", sockets)]
     app.web_app.add_handlers(".*$", handlers)
 
@@ -6330,15 +6330,14 @@ class PasswordHandler(PageHandler):
         await self.get(await self.settings["ask"](NewPassword(username, old, new)))
 
 
-class Reporter:
-    """Tells the teacher once whose browser opens no WebSocket, for want of what."""
+class PageSocketHandler(SocketHandler):
+    """The page's, which tells the teacher once whose browser opens none."""
 
-    def __init__(self) -> None:
-        self.told: set[tuple[str, str]] = set()
-        self.usernames: Collection[str] = ()
+    told: set[tuple[str, str]]
 
     def report(self, username: str, kind: str) -> None:
-        if username in self.usernames and (username, kind) not in self.told:
+        # Strangers can ask for this, with any name.
+        if username in self.settings["site"].ports and (username, kind) not in self.told:
             self.told.add((username, kind))
             log.warning(
                 "%s: their browser opens no WebSocket, so no notebook connects: perhaps for"
@@ -6392,13 +6391,12 @@ async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> N
                 pass  # an earlier webserver has asked for that
             return back.answer
 
-    reporter = Reporter()
-    tried: Any = {"come": collections.deque([], MAX_TRIED), "report": reporter.report}
+    tried: Any = {"come": collections.deque([], MAX_TRIED), "told": set()}
     handlers = [
         (f"/{PASSWORD_PATH}", with_upstream(PasswordHandler)),
         (f"/{TRUST_PATH}", with_upstream(TrustHandler)),
         (f"/({'|'.join(AUTHORITY_PATHS)})$", with_upstream(AuthorityHandler)),
-        (f"/{SOCKET_PATH}", with_upstream(SocketHandler, **tried)),
+        (f"/{SOCKET_PATH}", with_upstream(PageSocketHandler, **tried)),
         (r"/(.*)", with_upstream(LandingHandler)),
     ]
     application = web.Application(handlers, ask=ask)
@@ -6408,7 +6406,6 @@ async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> N
         add_pages(pages, site.language)
         context = site.certificate.context()
         application.settings.update(site=site, pages=pages, context=context)
-        reporter.usernames = site.ports
 
     take(site)
     server = httpserver.HTTPServer(
@@ -7034,7 +7031,7 @@ class Launcher:
         )
         if certificate.authority:
             digest = fingerprint(certificate.authority)
-            say(f"Devices trust it once they have that of {page}{TRUST_PATH}: {digest}")
+            say(f"Devices can install its authority from {page}{TRUST_PATH}: {digest}")
         say(f"Ready: {page}")
         self.announced = True
         release_memory()

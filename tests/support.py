@@ -26,6 +26,7 @@ import tempfile
 import time
 import urllib.parse
 import uuid
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -1031,7 +1032,9 @@ class WebKit(Browser):
         options.accept_insecure_certs = self.lenient
         environment = {**self.environment, "DISPLAY": self.display}
         service = webkitgtk.service.Service(WEBKIT_DRIVER, env=environment)
-        return webkitgtk.webdriver.WebDriver(options, service)
+        with warnings.catch_warnings():  # of Selenium itself, about how it calls itself
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return webkitgtk.webdriver.WebDriver(options, service)
 
     def open_display(self) -> str:
         size = f"{self.width}x{self.height}x24"
