@@ -36,6 +36,10 @@ KERNELS_PREFIX = /opt/notebooks-kernels
 EXTENSIONS_PREFIX = /opt/notebooks-extensions
 EXTENSIONS = jupyter-collaboration jupyterlab-git jupyter-resource-usage jupyter-server-proxy \
     jupyterlab-lsp python-lsp-server ipympl nbgitpuller jupyter-archive nbclassic voila
+INSTALLED = $(TEST_PREFIX)/installed $(NBGRADER_PREFIX)/installed \
+    $(KERNELS_PREFIX)/installed $(EXTENSIONS_PREFIX)/installed
+TESTS := tests/test_idle.py $(shell ls -S tests/test_*.py | grep -v test_idle)
+WORKERS = 3
 TEST_PACKAGES = acl chromium chromium-driver default-jre-headless exfat-fuse exfatprogs \
     firefox-esr git libnss3-tools libnss-extrausers openssl python3-venv ratpoison \
     strace tcc webkit2gtk-driver xvfb
@@ -57,7 +61,8 @@ BUILD_FILES = build dist *.egg-info
 .SILENT:
 SHELL = /bin/sh
 .SHELLFLAGS = -euc
-.PHONY: help install upgrade demo stop-demo undo-demo test check bench upstream clean root test-packages
+.PHONY: help install upgrade demo stop-demo undo-demo test check bench upstream clean root \
+    test-packages test-environments $(TESTS)
 
 help:
 	sed -n '/^#   make/s/^#   //p' Makefile
@@ -293,14 +298,14 @@ check: $(TEST_PREFIX)/installed
 	fi
 
 # Where nbgrader is installed, it is an extension of each notebook server: not beside ours.
-$(NBGRADER_PREFIX)/installed:
+$(NBGRADER_PREFIX)/installed: | test-packages
 	umask 022
 	$(PYTHON) -m venv $(NBGRADER_PREFIX)
 	$(NBGRADER_PREFIX)/bin/pip install --quiet --disable-pip-version-check nbgrader
 	touch $@
 
 # Kernels of other languages. Two of them are installed for the user, or for any Python.
-$(KERNELS_PREFIX)/installed:
+$(KERNELS_PREFIX)/installed: | test-packages
 	umask 022
 	$(PYTHON) -m venv $(KERNELS_PREFIX)
 	$(KERNELS_PREFIX)/bin/pip install --quiet --disable-pip-version-check \
@@ -314,16 +319,26 @@ $(KERNELS_PREFIX)/installed:
 	touch $@
 
 # Extensions are part of each server of their environment: not of those of other tests.
-$(EXTENSIONS_PREFIX)/installed: setup.cfg Makefile
+# Two pips at once would build this directory's package in each other's files.
+$(EXTENSIONS_PREFIX)/installed: setup.cfg Makefile | $(TEST_PREFIX)/installed
 	umask 022
 	$(PYTHON) -m venv $(EXTENSIONS_PREFIX)
 	$(EXTENSIONS_PREFIX)/bin/pip install --quiet --disable-pip-version-check . $(EXTENSIONS)
 	rm -rf $(BUILD_FILES)
 	touch $@
 
+# All that tests need is made at once, and the check is done meanwhile.
+test-environments:
+	$(MAKE) --no-print-directory --jobs check $(INSTALLED)
+
+# A file of tests, whose run has a host of its own (tests/conftest.py).
+$(TESTS):
+	coverage run -m pytest --no-header -p no:cacheprovider $@
+
+# Tests wait more than they compute: so there are more workers than a small machine has
+# processors. Long files come first, and before them the one that waits for minutes.
 # Processes that have become a student write what they measured, too: hence mode 1777.
-test: check $(NBGRADER_PREFIX)/installed $(KERNELS_PREFIX)/installed \
-    $(EXTENSIONS_PREFIX)/installed
+test: test-environments
 	umask 022
 	export NBGRADER_PREFIX=$(NBGRADER_PREFIX) EXTENSIONS_PREFIX=$(EXTENSIONS_PREFIX)
 	export KERNELS_PREFIX=$(KERNELS_PREFIX)
@@ -334,7 +349,8 @@ test: check $(NBGRADER_PREFIX)/installed $(KERNELS_PREFIX)/installed \
 	export COVERAGE_FILE=$$measured/data
 	export PATH=$(TEST_PREFIX)/bin:$$PATH
 	status=0
-	coverage run -m pytest || status=$$?
+	$(MAKE) --no-print-directory --jobs=$(WORKERS) --keep-going --output-sync $(TESTS) \
+	    || status=$$?
 	chown -R "$$(id -u)" $$measured
 	coverage combine --quiet
 	coverage report

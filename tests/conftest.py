@@ -1,11 +1,11 @@
 """The ground that the tests stand on: accounts that are real but not the machine's.
 
-As root, the test run enters a mount namespace of its own whose /etc, /home and /var are
-overlays: useradd, chpasswd and userdel work there as always, and nothing remains.
-People and courses of the machine do not exist there. That does not isolate processes,
-ports and /tmp: tests end what they start, and their accounts have numbers that nobody
-else has. All that runs in the namespace was started by the tests, so what is left in it
-at the end is a failure.
+As root, the test run enters a mount namespace of its own, where /etc, /home, /run,
+/usr/local and /var are overlays: useradd, chpasswd and userdel work there as always, and
+nothing remains. People and courses of the machine do not exist there. That does not isolate
+processes, ports and /tmp: tests end what they start, and their accounts have numbers that
+nobody else has. All that runs in the namespace was started by the tests, so what is left
+in it at the end is a failure. So several test runs at a time do not disturb each other.
 """
 
 import atexit
@@ -35,6 +35,8 @@ CLONE_NEWNS = 0x00020000  # <linux/sched.h>
 FIRST_PERSON = 1000  # the system's own are below, and NOBODY: Debian's policy, 9.2.2
 NOBODY = 65534
 IS_ROOT = os.geteuid() == 0
+# The lock of accounts is in /run, and kernels of all environments are in /usr/local.
+COVERED = ("etc", "home", "run", "usr/local", "var")
 MACHINE_ROOT = os.open("/", os.O_PATH | os.O_DIRECTORY)  # in the machine's namespace
 
 
@@ -78,11 +80,11 @@ def mount_overlay(directory: Path, upper: Path) -> None:
 
 
 def mount_overlays() -> None:
-    """Let nothing that is written to /etc, /home and /var reach the machine."""
+    """Let nothing that is written to the covered directories reach the machine."""
     mount("-t", "tmpfs", "-o", "mode=0755", "tmpfs", "/mnt")
-    for name in ("etc", "home", "var"):
+    for name in COVERED:
         upper = Path("/mnt", name)
-        upper.mkdir()
+        upper.mkdir(parents=True)
         if name == "home":
             hide_homes(upper)
         mount_overlay(Path("/", name), upper)
@@ -119,23 +121,19 @@ def hide_people() -> None:
         shutil.rmtree(runtime_directory)
 
 
-def find_unused_ids() -> range:
-    """Return numbers that no account, group or process of the machine has.
+def unused_ids() -> Iterator[range]:
+    """Yield numbers that no account, group or process of the machine has, by the thousand.
 
     Processes, files in /tmp and shared memory are the machine's: `remove` would end and
-    delete those of anybody who has the number of a student. That of this process leads
-    each of two test runs to other numbers.
+    delete those of anybody who has the number of a student.
     """
     used = {entry.pw_uid for entry in pwd.getpwall()}
     used |= {entry.gr_gid for entry in grp.getgrall()}
     for process in psutil.process_iter(["uids", "gids"]):
         used |= {*process.info["uids"], *process.info["gids"]}
-    firsts = range(10000, 60000, 1000)
-    for i in range(len(firsts)):
-        first = firsts[(os.getpid() + i) % len(firsts)]
+    for first in range(10000, 60000, 1000):
         if used.isdisjoint(range(first, first + 1000)):
-            return range(first, first + 1000)
-    raise OSError("accounts or processes have a number in each thousand below 60000")
+            yield range(first, first + 1000)
 
 
 def choose_uids(ids: range) -> None:
@@ -149,7 +147,7 @@ def choose_uids(ids: range) -> None:
 
 def enter_private_host() -> None:
     """Give this process, and all that it starts, a host without people and courses."""
-    ids = find_unused_ids()  # while the machine's people can be seen
+    ids = support.claim("ids", unused_ids())  # while the machine's people can be seen
     unshare_mounts()
     mount_overlays()
     hide_people()
@@ -179,14 +177,17 @@ def measure_processes() -> None:
     notebooks.py, rightly, does not pass on to those that it starts. So a .pth file,
     which is read in isolated mode too, gives it to each process that executes this
     checkout's script, and to no other; `patch = _exit` saves what a fork measured.
+    Each test run has a file of its own, which says nothing when the run was killed.
     """
     variable = "COVERAGE_PROCESS_CONFIG"
     configuration = os.environ.pop(variable, None)
     if not configuration:
         return
-    path = Path(sysconfig.get_path("purelib"), "notebooks_coverage.pth")
+    pid = os.getpid()
+    path = Path(sysconfig.get_path("purelib"), f"notebooks_coverage_{pid}.pth")
     path.write_text(
         f"import os, sys; {str(support.NOTEBOOKS)!r} in sys.orig_argv and"
+        f" os.path.exists('/proc/{pid}') and"
         f" (os.environ.update({variable}={configuration!r}),"
         f" __import__('coverage').process_startup(), os.environ.pop({variable!r}))\n"
     )

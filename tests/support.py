@@ -6,15 +6,16 @@ Everything that is started here is also ended here, and each wait has a deadline
 import contextlib
 import csv
 import ctypes
+import functools
 import grp
 import http.client
 import http.cookies
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
 import pwd
-import random
 import secrets
 import shutil
 import signal
@@ -371,19 +372,46 @@ def make_certificate(
     return cert_file, key_file
 
 
-def free_port_range(count: int) -> int:
-    """Return the first of `count` successive ports that nobody has, in any family.
+def claim(what: str, candidates: Iterable[range]) -> range:
+    """Return the first of these that no test run on this machine has, and have it.
 
-    They lie below those that the kernel gives to outgoing connections.
+    The claim is an address that is no file, and ends with this process: unix(7), abstract.
+    Raises: OSError if there is none.
     """
-    for port in (random.randrange(10000, 32000 - count) for _ in range(100)):
+    for numbers in candidates:
+        address = socket.socket(socket.AF_UNIX)
+        try:
+            address.bind(f"\0notebooks-tests-{what}-{numbers[0]}")
+        except OSError:
+            address.close()
+        else:
+            address.detach()
+            return numbers
+    raise OSError(f"accounts, processes or other test runs have all {what}")
+
+
+@functools.cache
+def port_ranges() -> Iterator[range]:
+    """Return an iterator over ranges of ports of this test run, in turn and endlessly.
+
+    A course may open its ports late: until then another must not have them. They lie
+    below those that the kernel gives to outgoing connections.
+    """
+    ports = claim("ports", (range(x, x + 1000) for x in range(10000, 32000, 1000)))
+    return itertools.cycle(ports[i : i + 40] for i in range(0, 1000, 40))
+
+
+def free_port_range(count: int) -> int:
+    """Return the first of `count` successive ports that nobody has, in any family."""
+    assert count <= 40
+    for ports in itertools.islice(port_ranges(), 100):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for each in range(port, port + count):
+            for port in ports[:count]:
                 server = socket.create_server(
-                    ("::", each), family=socket.AF_INET6, dualstack_ipv6=True
+                    ("::", port), family=socket.AF_INET6, dualstack_ipv6=True
                 )
                 stack.enter_context(server)
-            return port
+            return ports[0]
     raise OSError(f"no {count} free ports in a row")
 
 

@@ -146,7 +146,7 @@ def test_it_is_known_why_a_socket_does_not_open(course: Course, where: str) -> N
     )
     with contextlib.suppress(websocket.WebSocketException):
         assert socket.recv() == ""
-    socket.shutdown()
+    socket.shutdown()  # type: ignore[no-untyped-call]
     # A filter has taken `Upgrade` out of the request.
     assert fetch(f"{address}?try=filtered", context=course.context()).status == 400
     for number, kind in (("filtered", "network"), ("never", "certificate")):

@@ -3,6 +3,7 @@
 import grp
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import conftest
-from support import Course, in_child, is_ours, run_as, wait_until
+from support import Course, claim, in_child, is_ours, run_as, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -43,7 +44,7 @@ def start_course_of_the_machine(directory: Path) -> int:
     for name in ("etc", "home", "var"):
         directory.joinpath(name).mkdir(exist_ok=True)
         conftest.mount("--bind", str(directory / name), f"/{name}")
-    uid = conftest.find_unused_ids()[0]  # these would be the tests' if it were free
+    uid = next(conftest.unused_ids())[0]  # these would be the tests' if it were free
     subprocess.run(["groupadd", "students"], check=True)
     add_account("ada", "--uid", str(uid), "--groups", "students")
     Path("/var/lib/notebooks").mkdir(parents=True)
@@ -53,7 +54,7 @@ def start_course_of_the_machine(directory: Path) -> int:
 def test_a_course_of_the_machine_does_not_exist_for_the_tests(tmp_path: Path) -> None:
     def look() -> tuple[set[str], set[str], int, int]:
         theirs = start_course_of_the_machine(tmp_path)
-        assert conftest.find_unused_ids()[0] != theirs
+        assert theirs not in {ids[0] for ids in conftest.unused_ids()}
         conftest.enter_private_host()
         assert not any(map(os.path.lexists, ("/home/ada", "/var/lib/notebooks")))
         accounts = {entry.pw_name for entry in pwd.getpwall()}
@@ -65,6 +66,19 @@ def test_a_course_of_the_machine_does_not_exist_for_the_tests(tmp_path: Path) ->
     assert {"root", "daemon", "nobody"} <= accounts and "ada" not in accounts
     assert {"root", "sudo", "nogroup"} <= groups and not {"ada", "students"} & groups
     assert ours // 1000 != theirs // 1000
+
+
+def test_what_a_test_run_has_claimed_no_other_gets_until_it_ends() -> None:
+    what, numbers = f"tries-{secrets.token_hex(4)}", [range(10), range(10, 20)]
+
+    def claim_all() -> list[range]:
+        claimed = [claim(what, numbers) for _ in numbers]
+        with pytest.raises(OSError, match=what):
+            claim(what, numbers)
+        return claimed
+
+    for _ in range(2):
+        assert in_child(claim_all) == numbers
 
 
 def test_signals_that_are_ignored_here_reach_the_programs_that_tests_start() -> None:

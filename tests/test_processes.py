@@ -237,7 +237,7 @@ def test_what_ignores_sigterm_is_killed_after_one_grace_period_for_all(
     assert stop_jupyter(course.students) == {}
     seconds = time.monotonic() - begin
     assert [process.wait() for process in stubborn] == [-signal.SIGKILL] * 3
-    assert GRACE_SECONDS <= seconds < GRACE_SECONDS + 2
+    assert GRACE_SECONDS <= seconds < 2 * GRACE_SECONDS
 
 
 @pytest.mark.root
@@ -426,8 +426,8 @@ def test_nobody_is_given_up_because_the_caller_takes_its_time(
 def test_nobody_is_given_up_because_the_command_was_suspended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By Ctrl-Z, which suspends the workers, too."""
-    monkeypatch.setattr(notebooks, "STUCK_SECONDS", 3.0)
+    """By Ctrl-Z, which suspends the workers, too, for longer than what counts as stuck."""
+    monkeypatch.setattr(notebooks, "STUCK_SECONDS", 4.5)
 
     def work_suspended() -> list[str]:
         os.setpgid(0, 0)

@@ -777,7 +777,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
 def use_probe(course: Course, username: str, process: "subprocess.Popen[bytes]") -> Probe:
     """Do what students do, then have the server report."""
     certificate = course.directory / notebooks.CERTIFICATE_NAME
-    support.wait_until(certificate.exists, 30, "the certificate")
+    support.wait_until(certificate.exists, 90, "the certificate")
     notebook = course.notebook(username)
     for page in ("", "tree", "lab/api/settings", "api/status", "api/kernelspecs"):
         notebook.fetch(page)

@@ -721,15 +721,15 @@ def save_until_interrupted(path: Path) -> str:
     if measurement:
         measurement.stop()
     seconds = random.uniform(0.01, 0.04)
-    with subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -INT {os.getpid()}"]):
-        students = notebooks.Roster(path)
-        try:
+    students = notebooks.Roster(path)
+    try:
+        with subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -INT {os.getpid()}"]):
             with students.locked():
                 for number in itertools.cycle((8889, 8890)):
                     students.update("bo", port=str(number))
                     students.save()
-        except BaseException as error:
-            return type(error).__name__
+    except BaseException as error:
+        return type(error).__name__
     raise AssertionError
 
 
