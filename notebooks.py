@@ -560,7 +560,10 @@ class Process:
         self.pid_fd = os.pidfd_open(pid) if pid_fd is None else pid_fd
 
     def close(self) -> None:
-        os.close(self.pid_fd)
+        """Let go of it; a second time, after Ctrl-C, does nothing."""
+        pid_fd, self.pid_fd = self.pid_fd, -1
+        if pid_fd >= 0:
+            os.close(pid_fd)
 
     def send_signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -651,6 +654,8 @@ class Child(Process):
         it can, and nobody waits for that.
         """
         self.channel.close()
+        if self.pid_fd < 0:  # it was reaped
+            return None
         self.send_signal(number)
 
         if not is_readable(self.pid_fd, seconds):
