@@ -267,14 +267,13 @@ def confirm(question: str, otherwise: str) -> None:
     if not sys.stdin.isatty():
         raise UsageError(f"{otherwise}: without a terminal this needs --yes")
 
+    answer = ""
     try:
         answer = input(f"{question} [yes/no] ")
-    except EOFError:
+    except (EOFError, KeyboardInterrupt) as error:
         say("")  # the prompt's line has no end yet
-        answer = ""
-    except KeyboardInterrupt:
-        say("")
-        raise Interrupted(f"interrupted; {otherwise}") from None
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; {otherwise}") from None
 
     if answer.strip().lower() not in ("y", "yes"):
         raise UsageError(otherwise)
@@ -352,7 +351,6 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
 
 @contextlib.contextmanager
 def closing(fd: int) -> Iterator[int]:
-    """Close a descriptor at the end."""
     try:
         yield fd
     finally:
@@ -453,7 +451,6 @@ class Channel(socket.socket):
 
     @classmethod
     def pair(cls) -> "tuple[Channel, Channel]":
-        """Return both ends of a new channel."""
         ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in ends:
             # A long list of students is one message. In a container the usual 200 kB do.
@@ -741,7 +738,6 @@ def read_login_defs(key: str, default: int, base: int = 0) -> int:
 
 
 def find_account(key: str | int) -> pwd.struct_passwd | None:
-    """Return the account of a user name or uid, if there is one."""
     try:
         return pwd.getpwnam(key) if isinstance(key, str) else pwd.getpwuid(key)
     except KeyError:
@@ -859,8 +855,6 @@ def is_expired(username: str) -> bool:
 
 
 class Identity(NamedTuple):
-    """The ids with which something is done."""
-
     uid: int
     gid: int
     groups: tuple[int, ...]
@@ -1009,7 +1003,6 @@ def parse_path(text: str) -> Path:
 
 
 def optional(parse: Callable[[str], Value]) -> Callable[[str], Value | None]:
-    """Return a parser that maps an empty value to None."""
     return lambda text: parse(text) if text else None
 
 
@@ -1029,7 +1022,6 @@ def parse_bool(text: str) -> bool:
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Return a parser of numbers in that range."""
 
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
@@ -1153,13 +1145,11 @@ class Config:
         return Path(*itertools.takewhile(lambda part: "{username}" not in part, parts))
 
     @property
-    def material_name(self) -> PurePath:
-        """Where the material is in a home, relative to it."""
+    def material_name(self) -> PurePath:  # relative to the home
         return self.tutorial_dir / self.material_dir.name
 
     @property
-    def start_dir(self) -> PurePath:
-        """Where notebooks start, relative to the home."""
+    def start_dir(self) -> PurePath:  # relative to the home
         return self.launch_dir or self.material_name
 
     def is_wanted(self, path: Path) -> bool:
@@ -1173,7 +1163,6 @@ class Config:
 
     @property
     def private_paths(self) -> list[Path]:
-        """What no student may be given."""
         certificates = self.cert_file, self.key_file, self.path.with_name(CERTIFICATE_NAME)
         paths = (self.path, self.user_list, self.storage_dir, self.archive_dir)
         return [Path(os.path.realpath(x)) for x in (*paths, *certificates) if x]
@@ -1184,7 +1173,6 @@ class Config:
 
 
 def config_keys() -> dict[str, Mapping[str, Any]]:
-    """Return the keys of the file, each with its section, parser and default."""
     return {x.name: x.metadata for x in dataclasses.fields(Config) if x.metadata}
 
 
@@ -1467,7 +1455,6 @@ class CsvDocument:
         self.rows = [each for each in self.records[1:] if any(map(unquote, each.cells))]
 
     def values(self, row: Record) -> dict[str, str]:
-        """Return what a row says, by column."""
         return dict(zip(self.header, map(unquote, row.cells), strict=False))
 
     def set_value(self, row: Record, column: str, value: str) -> None:
@@ -1480,11 +1467,11 @@ class CsvDocument:
 
         i = self.header.index(column)
         row.cells += [""] * (i + 1 - len(row.cells))  # a row may end early
-        was_quoted = row.cells[i].startswith('"')
-        row.cells[i] = quote(value, self.delimiter, was_quoted)
+        if row.cells[i].startswith('"') or re.search(rf'["{self.delimiter}\r\n]', value):
+            value = '"' + value.replace('"', '""') + '"'
+        row.cells[i] = value
 
     def encode(self) -> bytes:
-        """Return the whole file."""
         text = "".join(self.delimiter.join(x.cells) + x.end for x in self.records)
         return self.bom + (self.preamble + text).encode(self.encoding)
 
@@ -1547,13 +1534,6 @@ def unquote(cell: str) -> str:
     if cell.startswith('"'):
         cell = cell[1:-1].replace('""', '"')
     return cell.strip()
-
-
-def quote(value: str, delimiter: str, always: bool) -> str:
-    """Return the raw cell for a value, quoted if it must be."""
-    if always or re.search(rf'["{delimiter}\r\n]', value):
-        return '"' + value.replace('"', '""') + '"'
-    return value
 
 
 def split_records(text: str, delimiter: str, line: int) -> Iterator[Record]:
@@ -1641,7 +1621,6 @@ class Student:
 
 
 def student_problems(student: Student) -> Iterator[str]:
-    """Yield what is wrong with one row."""
     username = student.username
     if not any((username, student.email, student.full_name)):
         yield "the username is missing, and e-mail address and name, to make it of"
@@ -1849,8 +1828,6 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """What a command works on."""
-
     config: Config
     roster: Roster
     options: Options
@@ -1918,7 +1895,6 @@ class Member:
 
 
 def find_members(students: Iterable[Student]) -> list[Member]:
-    """Return those who have an account."""
     accounts = [(each, find_account(each.username)) for each in students]
     return [Member(each, acc, identity_of(acc)) for each, acc in accounts if acc]
 
@@ -2386,7 +2362,6 @@ class Outcome:
             log.error("%s: %s", username, reason)
 
     def finish(self, text: str) -> int:
-        """Print the summary and return the exit status."""
         self.report()
         if self.failures:
             text += f" {len(self.failures)} failed: {', '.join(self.failures)}."
@@ -2477,7 +2452,6 @@ class CopyReport(Message, frozen=False):
     first_failure: str = ""
 
     def add(self, other: "CopyReport") -> None:
-        """Add the numbers of another report."""
         for name, value in vars(other).items():
             if isinstance(value, int):
                 vars(self)[name] += value
@@ -2508,14 +2482,13 @@ class CopyReport(Message, frozen=False):
         return "; ".join(problems)
 
     def __str__(self) -> str:
+        others = {
+            "changed there and left alone": self.kept,
+            "kept as backups": self.backups,
+            "skipped (links and other special files)": self.skipped,
+        }
         text = f"{self.new} new, {self.updated} updated, {self.unchanged} unchanged"
-        if self.kept:
-            text += f", {self.kept} changed there and left alone"
-        if self.backups:
-            text += f", {self.backups} kept as backups"
-        if self.skipped:
-            text += f", {self.skipped} skipped (links and other special files)"
-        return text
+        return text + "".join(f", {others[x]} {x}" for x in others if others[x])
 
 
 # A trusted directory, and the parts of a path below it, which are no links.
@@ -7649,9 +7622,7 @@ def plan_send(course: Course, looks: Looks) -> None:
 
 
 def copy_for_all(course: Course, label: str, copy: Callable[[Member], CopyReport]) -> int:
-    """Copy for all members and report it."""
-    outcome = Outcome()
-    total = CopyReport()
+    outcome, total = Outcome(), CopyReport()
     with course.roster.locked():
         members = outcome.members(course.students)
         if not members:
@@ -7987,7 +7958,6 @@ def ensure_standard_streams() -> None:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run a command of the usage line and return its exit status."""
     options = make_parser().parse_args(arguments)
     os.umask(0o022)  # root's may be 077, and students must get at what is theirs
     log.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(options.verbose, 2)])
