@@ -1214,7 +1214,6 @@ def read_ini(path: Path) -> configparser.ConfigParser:
 
 
 def explain_ini(error: configparser.Error) -> str:
-    """Return what is wrong with an INI file, in a teacher's words."""
     match error:
         case configparser.DuplicateOptionError():
             return f"line {error.lineno}: [{error.section}] has `{error.option}` twice"
@@ -1229,7 +1228,6 @@ def explain_ini(error: configparser.Error) -> str:
 
 
 def unknown_keys(parser: configparser.ConfigParser) -> Iterator[str]:
-    """Yield what the file has that `Config` does not know."""
     section_of = {key: str(each["section"]) for key, each in config_keys().items()}
     sections = [*dict.fromkeys(section_of.values()), ENVIRONMENT]
 
@@ -1688,7 +1686,6 @@ class Roster:
         document.rows = [row for row, each in rows if each == {""} or each - NO_STUDENTS]
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong, with line numbers."""
         titles = self.titles
         header = self.document.header[: len(titles)]
         where = f"{self.path}: line {self.document.records[0].line}"
@@ -2927,7 +2924,6 @@ class TreeCopy:
             self.report.skipped += 1
 
     def enter_directory(self, item: Item) -> None:
-        """Copy a directory into one of the same name, made if it is missing."""
         with acting_as(self.writer):
             inner_fd = self.open_inner(item)
         with closing(inner_fd):
@@ -3122,7 +3118,6 @@ class TreeCopy:
 
 
 def is_profile_file(path: Path) -> bool:
-    """Say whether a path of an IPython profile is given to students."""
     python = path.suffix == ".py" and path.parent in (Path(), Path("startup"))
     return python or path == Path("startup")
 
@@ -3279,7 +3274,6 @@ def ensure_config_dir() -> None:
 
 
 def ensure_runtime_dir(account: pwd.struct_passwd) -> None:
-    """Make the private directory of a student's runtime files."""
     ensure_config_dir()
     directory = runtime_dir_of(account)
     with contextlib.suppress(FileExistsError):
@@ -3388,7 +3382,6 @@ def read_name(pid: int) -> str:
 
 
 def is_jupyter(argv: Sequence[str]) -> bool:
-    """Say whether a command line is that of a notebook server or of a kernel."""
     line = "\0".join(argv)
     return (
         line.startswith(SERVER_TITLE)
@@ -7209,7 +7202,7 @@ def check_reachable() -> None:
     Their kernels run with this interpreter and its libraries. Raises: UsageError.
     """
     specs = map(importlib.util.find_spec, ("notebook", "ipykernel", "zmq"))
-    origins = [spec.origin for spec in specs if spec and spec.origin]
+    origins = [str(spec.origin) for spec in filter(None, specs)]
     if len(origins) < 3:
         raise UsageError(
             f"{sys.executable} has no Jupyter Notebook; run the notebooks.py that"
@@ -7219,27 +7212,23 @@ def check_reachable() -> None:
     # A link and what it leads to may lie in different directories.
     targets = [sys.executable, os.__file__, shutil.__file__, *origins]
     paths = [Path(each) for each in (*targets, *map(os.path.realpath, targets))]
+    packages_dir = Path(origins[0]).parent.parent
+    entries = list(packages_dir.iterdir())
     with acting_as(identity_of(pwd.getpwnam("nobody"))):
         closed = first_closed_step(paths)
+        packages = {re.split("[-.]", x.name)[0] for x in entries if is_closed(x)}
     if closed:
         raise UsageError(
             f"students cannot execute {sys.executable}: {closed} is closed to them;"
             " install notebooks.py where everyone may read, as `sudo make install` does"
             " (into /opt/notebooks), and run that"
         )
-    warn_of_closed_packages(Path(origins[0]).parent.parent)
 
-
-def warn_of_closed_packages(site: Path) -> None:
-    """Name what students cannot read, as after an installation with a private umask."""
-    entries = list(site.iterdir())
-    with acting_as(identity_of(pwd.getpwnam("nobody"))):
-        closed = {re.split("[-.]", x.name)[0] for x in entries if is_closed(x)}
-    if closed:
-        place = site if sys.prefix == sys.base_prefix else Path(sys.prefix)
+    if packages:  # installed with a private umask
+        place = packages_dir if sys.prefix == sys.base_prefix else Path(sys.prefix)
         log.warning(
             "students cannot read the packages %s: run `chmod -R go+rX %s`",
-            *(", ".join(sorted(closed)), shlex.quote(str(place))),
+            *(", ".join(sorted(packages)), shlex.quote(str(place))),
         )
 
 
@@ -7264,8 +7253,7 @@ def command_setup(course: Course) -> int:
     with host_locked(), roster.locked():
         make_usernames(course)
         warn_of_strays(course)
-        students = course.students
-        renewed = prepare_passwords(config, roster, students)
+        made = prepare_passwords(course)
         if config.group:
             run_program(["groupadd", "--force", "--", config.group])
             if not is_local_group(config.group):
@@ -7277,10 +7265,14 @@ def command_setup(course: Course) -> int:
         for member, _ in outcome.each(furnish, members, "homes"):
             counts[done[member.student]] += 1
             outcome.done(member.username, done[member.student])
-        forget_unmade(students, roster)
+        for username in made:
+            # Somebody else may make this account, with a password of their own.
+            if not find_account(username):
+                roster.update(username, sys_pass="")
         roster.save()  # if it was changed meanwhile, the passwords are not lost
 
     reload_launcher(config)
+    renewed = sum(made.values())
     passwords = f"; {renewed} got new system passwords" if renewed else ""
     return outcome.finish(
         f"{counted(counts['new'], 'account')} made, {counts['adopted']} adopted,"
@@ -7341,10 +7333,10 @@ def make_usernames(course: Course) -> None:
         say(text)
 
 
-def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student]) -> int:
-    """Fill the empty password cells; return how many accounts of ours lose an old one."""
-    renewed = 0
-    for student in students:
+def prepare_passwords(course: Course) -> dict[str, bool]:
+    """Fill empty password cells; return whose, and if an account has lost its old one."""
+    config, roster, made = course.config, course.roster, {}
+    for student in course.students:
         if not student.nb_pass:
             roster.update(student.username, nb_pass=make_password(config.password_length))
 
@@ -7352,21 +7344,11 @@ def prepare_passwords(config: Config, roster: Roster, students: Sequence[Student
         if not student.sys_pass and (account is None or is_owned(account, config)):
             if account:  # nobody knows its password any more
                 run_program(["usermod", "--password", "!", "--", student.username])
-                renewed += 1
+            made[student.username] = account is not None
             roster.update(student.username, sys_pass=make_password(config.password_length))
 
     roster.save()
-    return renewed
-
-
-def forget_unmade(students: Iterable[Student], roster: Roster) -> None:
-    """Clear the new system passwords of accounts that could not be made.
-
-    Somebody else may make them, with a password of their own.
-    """
-    for student in students:
-        if not student.sys_pass and not find_account(student.username):
-            roster.update(student.username, sys_pass="")
+    return made
 
 
 def set_missing_password(student: Student, config: Config) -> None:
@@ -7804,7 +7786,6 @@ def may_go(member: Member, config: Config) -> bool:
 
 
 def leave_members(members: Sequence[Member], course: Course, outcome: Outcome) -> None:
-    """Undo what setup did for members whose accounts stay."""
     config, roster = course.config, course.roster
     stop_jupyter(config, [x for x in members if is_ours(x.account)], outcome)
     for member in members:
@@ -7877,7 +7858,6 @@ def look_at_home(config: Config, member: Member) -> tuple[int, int, bool, str]:
 
 
 def describe_homes(config: Config, members: Sequence[Member]) -> None:
-    """Say what is in the homes that remove will delete."""
     looks, size, unretrieved, outside = Outcome(), 0, [], []
     look = functools.partial(look_at_home, config)
     for member, (used, files, has_work, problem) in looks.each(look, members, "homes"):
@@ -7947,7 +7927,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_names(text: str) -> frozenset[str]:
-    return frozenset(name for name in re.split(r"[,\s]+", text) if name)
+    return frozenset(re.split(r"[,\s]+", text)) - {""}
 
 
 def ensure_standard_streams() -> None:
