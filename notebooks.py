@@ -738,10 +738,9 @@ def read_login_defs(key: str, default: int, base: int = 0) -> int:
 
 
 def find_account(key: str | int) -> pwd.struct_passwd | None:
-    try:
+    with contextlib.suppress(KeyError):
         return pwd.getpwnam(key) if isinstance(key, str) else pwd.getpwuid(key)
-    except KeyError:
-        return None
+    return None
 
 
 def useradd_defaults() -> dict[str, str]:
@@ -758,10 +757,9 @@ def is_local_group(group: str) -> bool:
 
 def group_members(group: str) -> set[str]:
     """Return the names that group(5) lists for a group, none if there is no group."""
-    try:
+    with contextlib.suppress(KeyError):
         return set(grp.getgrnam(group).gr_mem)
-    except KeyError:
-        return set()
+    return set()
 
 
 def ordinary_groups(username: str) -> set[str]:
@@ -843,10 +841,8 @@ def is_home_of(account: pwd.struct_passwd) -> bool:
 
 def read_shadow(username: str) -> list[str]:
     """Return the fields of an account, if it has any: shadow(5)."""
-    for line in Path("/etc/shadow").read_text().splitlines():
-        if line.startswith(f"{username}:"):
-            return line.split(":")
-    return []
+    rows = (line.split(":") for line in Path("/etc/shadow").read_text().splitlines())
+    return next((row for row in rows if row[0] == username), [])
 
 
 def is_expired(username: str) -> bool:
@@ -1773,8 +1769,7 @@ class Roster:
         """Raises: UsageError if the list could not be written when it has to be."""
         self.warn_of_editors()
         try:
-            with tempfile.NamedTemporaryFile(dir=self.path.parent):
-                pass
+            tempfile.NamedTemporaryFile(dir=self.path.parent).close()
         except OSError as error:
             raise UsageError(
                 f"{self.path}: cannot be written: {error.strerror}; nothing was done"
@@ -3117,11 +3112,6 @@ class TreeCopy:
         return self.digests[key]
 
 
-def is_profile_file(path: Path) -> bool:
-    python = path.suffix == ".py" and path.parent in (Path(), Path("startup"))
-    return python or path == Path("startup")
-
-
 # == Homes, and their archives =============================================================
 #
 # A home is made from the skeleton directory, and from the archive that an earlier `remove`
@@ -3431,7 +3421,6 @@ def find_roots(
     Where a student has some of those, only our servers are roots: kernels are found by
     their server. To read a command line takes a lock on the process's memory, which a
     student can keep for ever, as in an mmap(2) of a file in a FUSE file system of theirs.
-    Raises: StuckError if to look at them all takes too long.
     """
     deadline = time.monotonic() + STUCK_SECONDS
     servers: dict[int, str] = {}
@@ -7179,6 +7168,7 @@ class Launcher:
 # A command returns its exit status.
 
 MAX_NOTEBOOK_BYTES = 1 << 24  # of longer ones the kernel is not looked for
+PROFILE_FILES = re.compile(r"startup|(startup/)?[^/]+\.py")  # of an IPython profile
 
 
 def is_closed(path: Path, need: int = os.R_OK) -> bool:
@@ -7189,11 +7179,9 @@ def is_closed(path: Path, need: int = os.R_OK) -> bool:
 
 def first_closed_step(paths: Iterable[Path]) -> Path | None:
     """Return the first directory or file, on the way to these, that is closed to us."""
-    for path in paths:
-        for step in (*reversed(path.parents), path):
-            if is_closed(step, os.R_OK if step == path else 0):
-                return step
-    return None
+    steps = ((x, x == path) for path in paths for x in (*reversed(path.parents), path))
+    closed = (x for x, is_last in steps if is_closed(x, os.R_OK if is_last else 0))
+    return next(closed, None)
 
 
 def check_reachable() -> None:
@@ -7389,7 +7377,8 @@ def furnish_home(config: Config, member: Member) -> None:
     source = config.profile_dir
     if config.profile and source.is_dir():
         reader = identity_of(invoking_account())
-        copy = TreeCopy(reader, member.identity, wanted=is_profile_file, recorded=False)
+        copy = TreeCopy(reader, member.identity, recorded=False)
+        copy.wanted = lambda path: PROFILE_FILES.fullmatch(str(path)) is not None
         problem = copy.run((source, ()), (member.home, source.parts[-2:])).problem
         if problem:
             raise Error(f"the IPython profile: {problem}")
@@ -7911,6 +7900,7 @@ def make_parser() -> argparse.ArgumentParser:
         text = str(command.__doc__).partition("\n")[0]
         example = f"Example: sudo notebooks.py {name} course.cfg"
         sub = commands.add_parser(name, help=text, description=text, epilog=example)
+        sub.set_defaults(yes=False, reset=False)
         text = "configuration file (%(default)s)"
         sub.add_argument("config", nargs="?", type=Path, default="notebooks.cfg", help=text)
         text = "say more; -vv also which programs are run"
@@ -7950,10 +7940,8 @@ def run_command(arguments: Sequence[str]) -> int:
     if options.command == "launch" and not sys.flags.isolated:
         command = script_command(*arguments)
         os.execv(command[0], command)
-    given = {field.name for field in dataclasses.fields(Options)} & set(vars(options))
-    wanted = Options(**{name: getattr(options, name) for name in given})
-    course = load_course(options.config, wanted)
-    return COMMANDS[options.command](course)
+    wanted = Options(options.yes, options.reset, options.only)
+    return COMMANDS[options.command](load_course(options.config, wanted))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
