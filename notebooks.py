@@ -3747,6 +3747,7 @@ def read_certificate(cert_file: Path, key_file: Path) -> Certificate:
     if key_file != cert_file:  # either may hold more than it has to
         pem = "\n".join([PRIVATE_KEY.sub("", pem), *PRIVATE_KEY.findall(key_text)])
     certificate = Certificate(str(cert_file), pem)
+
     try:
         certificate.context()
     except (OSError, ValueError) as error:
@@ -3820,6 +3821,7 @@ def make_certificate(path: Path, names: Sequence[str]) -> None:
     host = re.sub(r"[^\w.-]", "-", socket.gethostname())
     title = f"/CN=Notebooks on {host} since {time.strftime('%Y-%m-%d')}"
     constraints = ",".join(dict.fromkeys(permitted))
+
     extension = f"subjectAltName={','.join(names)}"
     arguments = [str(CERTIFICATE_DAYS), title, constraints, extension]
     pem = run_program(["sh", "-c", MAKE_CERTIFICATE, "sh", *arguments])
@@ -4845,6 +4847,7 @@ async def hear_kernel(kernel: Any, is_last: bool, seconds: float = KERNEL_SECOND
     kernel.stop_restarter()  # it would hide an end
     deadline = time.monotonic() + seconds
     answer = asyncio.ensure_future(answered.wait())
+
     try:
         while not (await asyncio.wait([answer], timeout=KERNEL_LOOK_SECONDS))[0]:
             if not await kernel.is_alive():
@@ -6159,6 +6162,7 @@ class PageHandler(Upstream):  # type: ignore[misc]
         page, site = self.settings["pages"].get_template(template), self.site
         notices = [self.say("ends", date=site.notice)] if site.notice else []
         has_authority = site.certificate.authority is not None
+
         await self.finish(
             page.render(
                 title=site.title,
@@ -6177,6 +6181,7 @@ class LandingHandler(PageHandler):
         """Show the page, or lead /USERNAME/anything to the student's server."""
         asked = self.get_query_argument("username", None)
         query, common = self.request.query, path.partition("/")[0] == COMMON
+
         if common and asked is not None:  # the query is the form's, which has kept this one
             query = self.get_query_argument("query", "")
         quoted = urllib.parse.quote(query, QUERY_CHARACTERS)
@@ -6199,6 +6204,7 @@ class LandingHandler(PageHandler):
         if query is not None:
             action = urllib.parse.quote(f"/{path}")
             link = f"{action}?{urllib.parse.urlencode({'query': query, 'username': ''})}"
+
         await self.show(
             "landing.html",
             self.say(message),
@@ -6226,6 +6232,7 @@ class LandingHandler(PageHandler):
         self.set_cookie(WHO, username, **options)
         address = f"https://{host}/{username}/{target}"
         is_browser = "text/html" in self.request.headers.get("Accept", "")
+
         if is_browser and not self.get_cookie(TRIED):
             await self.show(
                 "wait.html",
@@ -6260,11 +6267,13 @@ class TrustHandler(PageHandler):
         if not certificate.authority:
             self.redirect("/")
             return
+
         systems = [
             (name, label, re.search(pattern, browser or "") is not None)
             for name, label, pattern in SYSTEMS
         ]
         systems.sort(key=lambda system: not system[2])
+
         await self.show(
             "trust.html",
             names=", ".join(name.partition(":")[2] for name in certificate.names),

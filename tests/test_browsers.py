@@ -1,12 +1,18 @@
 """The whole way of a student, from the warning to the log-out, in three browsers."""
 
+import contextlib
+import http.server
+import re
 import ssl
+import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from selenium.webdriver.remote.webelement import WebElement
 
+import notebooks
 from support import (
     BROWSERS,
     Browser,
@@ -80,3 +86,69 @@ def test_nobody_who_trusts_the_authority_of_the_course_is_warned(
     use(browser, "li a", "Name1 Surname1", WebElement.click)
     use(browser, "input[type=password]")
     assert not browser.find_element("id", "trouble").is_displayed()
+
+
+@pytest.fixture
+def forged(course: Course, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Addresses of hosts that have certificates of what a course leaves behind.
+
+    One is signed with the key of the notebooks' certificate, which is no authority's. The
+    other is of an authority like ours, but for a host that it does not cover.
+    """
+    ours = course.directory / "notebooks.pem"
+    new = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-nodes",
+        "-days",
+        "9",
+        "-keyout",
+        "-",
+    ]
+    new += ["-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=forged", "-CA", str(ours)]
+    new += ["-CAkey", str(ours), "-addext", "subjectAltName=DNS:localhost"]
+    new += ["-addext", "extendedKeyUsage=serverAuth"]
+    elsewhere = ["sh", "-c", notebooks.MAKE_CERTIFICATE, "sh", "9", "/CN=elsewhere"]
+    elsewhere += ["permitted;DNS:example.org", "subjectAltName=DNS:localhost"]
+    commands = {"key": new, "name": elsewhere}
+    with contextlib.ExitStack() as stack:
+        addresses = {}
+        for kind, command in commands.items():
+            path = tmp_path / f"{kind}.pem"
+            made = subprocess.run(
+                command, check=True, capture_output=True, text=True
+            ).stdout
+            path.write_text(made + (ours.read_text() if kind == "key" else ""))
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(path)
+            server = http.server.HTTPServer(("", 0), http.server.SimpleHTTPRequestHandler)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+            threading.Thread(target=server.serve_forever).start()
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+            addresses[kind] = f"https://localhost:{server.server_port}/"
+        yield addresses
+
+
+def test_no_browser_takes_what_was_forged_with_what_is_left_behind(
+    course: Course, forged: dict[str, str], any_browser: Browser, tmp_path: Path
+) -> None:
+    blocks = re.findall(
+        "(?s)-----BEGIN CERT.*?END CERT.*?-----",
+        "".join(
+            path.read_text()
+            for path in (course.directory / "notebooks.pem", tmp_path / "name.pem")
+        ),
+    )
+    authorities = [tmp_path / "ours.pem", tmp_path / "elsewhere.pem"]
+    for path, block in zip(authorities, blocks[1::2], strict=True):
+        path.write_text(block)
+    any_browser.trust(*authorities)
+    for address in forged.values():
+        any_browser.visit(address)
+        assert any_browser.warns(), address
+    any_browser.visit(course.url)
+    assert not any_browser.warns()
