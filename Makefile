@@ -40,9 +40,9 @@ INSTALLED = $(TEST_PREFIX)/installed $(NBGRADER_PREFIX)/installed \
     $(KERNELS_PREFIX)/installed $(EXTENSIONS_PREFIX)/installed
 TESTS := tests/test_idle.py $(shell ls -S tests/test_*.py | grep -v test_idle)
 WORKERS = 3
-TEST_PACKAGES = acl chromium chromium-driver default-jre-headless exfat-fuse exfatprogs \
-    firefox-esr git libnss3-tools libnss-extrausers openssl python3-venv ratpoison \
-    strace tcc webkit2gtk-driver xvfb
+TEST_PACKAGES = acl caddy certbot chromium chromium-driver curl default-jre-headless \
+    exfat-fuse exfatprogs firefox-esr git libnss3-tools libnss-extrausers nginx openssl pebble \
+    python3-venv ratpoison strace tcc webkit2gtk-driver xvfb
 
 DEMO = $(PREFIX)-demo
 DEMO_CONFIG = $(DEMO)/notebooks.cfg
@@ -265,6 +265,8 @@ undo-demo: stop-demo
 	if [ -e $(PREFIX)/pyvenv.cfg ]; then rm -rf $(PREFIX) $(VERSIONS); fi
 	echo "The demo is undone."
 
+# The services among them must not start, neither now nor with the machine: they want port 80.
+# Source: invoke-rc.d(8), for policy-rc.d.
 test-packages:
 	missing=
 	for package in $(TEST_PACKAGES); do
@@ -272,8 +274,20 @@ test-packages:
 	done
 	if [ -n "$$missing" ]; then
 	    export DEBIAN_FRONTEND=noninteractive
+	    policy=/usr/sbin/policy-rc.d
+	    if [ ! -e $$policy ]; then
+	        trap 'rm -f $$policy' EXIT
+	        trap 'exit 130' INT TERM
+	        printf '#!/bin/sh\nexit 101\n' >$$policy
+	        chmod 0755 $$policy
+	    fi
 	    apt-get update --quiet
 	    apt-get install --yes --quiet --no-install-recommends $$missing
+	    for service in caddy nginx; do
+	        case "$$missing " in
+	            *\ $$service\ *) [ ! -e /bin/systemctl ] || systemctl --quiet disable $$service ;;
+	        esac
+	    done
 	fi
 
 # Of axe-playwright-python the tests use axe.min.js alone: no Playwright.
