@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import pwd
+import re
 import secrets
 import shutil
 import signal
@@ -24,6 +25,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.parse
 import uuid
@@ -370,6 +372,50 @@ def make_certificate(
         ):
             subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
     return cert_file, key_file
+
+
+def recipe(words: str) -> str:
+    """Return the literal block of README.rst that contains these words."""
+    text = (ROOT / "README.rst").read_text()
+    blocks = re.findall(r"::\n\n((?: {4}.*\n|\n)+)", text)
+    (block,) = (textwrap.dedent(each) for each in blocks if words in each)
+    return block
+
+
+def replaced(text: str, changes: Mapping[str, object]) -> str:
+    """Return a text with each key, which must be there, replaced by its value."""
+    for old, new in changes.items():
+        assert old in text, f"not there: {old}"
+        text = text.replace(old, str(new))
+    return text
+
+
+def run_recipe(words: str, changes: Mapping[str, object], **env: str) -> str:
+    """Run what README.rst shows with a prompt, as root, and return what it prints."""
+    lines = re.findall(r"(?m)^(?:\$| ) (.*)", recipe(words))
+    script = replaced("\n".join(lines).replace("sudo ", ""), changes)
+    done = subprocess.run(
+        ["sh", "-euc", script],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, **env},
+        timeout=60,
+    )
+    assert done.returncode == 0, f"{script}: {done}"
+    return done.stdout
+
+
+@contextlib.contextmanager
+def host_called(name: str) -> Iterator[None]:
+    """Let this host have a name, in the private /etc."""
+    path = Path("/etc/hosts")
+    before = path.read_text()
+    path.write_text(f"127.0.0.1 localhost {name}\n{before}")
+    try:
+        yield
+    finally:
+        path.write_text(before)
 
 
 def claim(what: str, candidates: Iterable[range]) -> range:
