@@ -82,7 +82,7 @@ def test_the_field_leads_to_the_log_in_on_a_phone(make_course: CourseMaker) -> N
         width = phone.execute_script("return document.documentElement.scrollWidth")
         assert width <= 390
         use(phone, "input", "", write("nobody", Keys.ENTER))
-        use(phone, ".message", "nobody")
+        use(phone, ".message", "Nobody here has this user name.")
         use(phone, "input", "", write(username.upper()))
         use(phone, "button", "", WebElement.click)
         log_in(phone, course, username)
@@ -111,7 +111,7 @@ def test_the_log_in_page_says_whose_notebook_it_is_and_leads_back(
     username = course.students[0]
     with chromium(360, 700) as phone:
         phone.get(course.notebook_url(username) + "tree?at=home")
-        use(phone, "body", "The notebook of <script>document.title = 'taken'</script>Ada")
+        use(phone, "h2", "Notebook of <script>document.title = 'taken'</script>Ada")
         use(phone, "code", username)
         use(phone, "h1", "Physics <b>& more")
         assert phone.title == "Physics <b>& more"
@@ -129,7 +129,7 @@ def test_the_log_in_page_says_whose_notebook_it_is_and_leads_back(
         wait_until(lambda: "tree?at=home" in phone.current_url, 30, "what was wanted")
 
         phone.get(course.notebook_url(username) + "logout")
-        use(phone, "p", "You have logged out of the notebook of")
+        use(phone, "h2", "You have logged out of the notebook of")
         assert fits(phone)
         use(phone, "a", "Log in again", WebElement.click)
         use(phone, "input[type=password]")

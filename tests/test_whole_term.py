@@ -129,7 +129,7 @@ def test_a_correction_in_the_second_week(term: Term, browser: WebDriver) -> None
 
     course.launch().wait_ready()
     for username in working:
-        browser.get(f"{course.notebook_url(username)}notebooks/{COPY}")
+        browser.get(f"{course.notebook_url(username)}notebooks/course/week1/{COPY}")
         log_in(browser, course, username)
         use(browser, f"{CODE_CELL} .cm-content", f"# by {username}, week1")
 
