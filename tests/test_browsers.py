@@ -147,8 +147,8 @@ def test_no_browser_takes_what_was_forged_with_what_is_left_behind(
     for path, block in zip(authorities, blocks[1::2], strict=True):
         path.write_text(block)
     any_browser.trust(*authorities)
-    for address in forged.values():
+    for kind, address in forged.items():
         any_browser.visit(address)
-        assert any_browser.warns(), address
+        assert any_browser.warns(), (kind, any_browser.driver.title)
     any_browser.visit(course.url)
     assert not any_browser.warns()
