@@ -4104,6 +4104,7 @@ class SocketHandler(Upstream):  # type: ignore[misc]
 
     upstream = "tornado.websocket.WebSocketHandler"
     come: "collections.deque[str]"  # numbers of tries
+    max_message_size = 125  # bytes, which a control frame may have: RFC 6455, 5.5
 
     def report(self, username: str, kind: str) -> None:
         """Take what fails in somebody's browser."""
@@ -4124,6 +4125,9 @@ class SocketHandler(Upstream):  # type: ignore[misc]
 
     def open(self) -> None:
         self.close()
+
+    def on_message(self, message: object) -> None:
+        """Ignore it: strangers send some, and an error would be in the teacher's log."""
 
 
 # == Phrases ===============================================================================

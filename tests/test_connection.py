@@ -5,6 +5,7 @@ import hashlib
 import re
 import signal
 import ssl
+import struct
 import subprocess
 import textwrap
 import urllib.parse
@@ -163,6 +164,34 @@ def test_the_teacher_is_told_once_whose_browser_opens_no_socket(course: Course) 
     wait_until(lambda: words in launch.output, 10, "a line for the teacher")
     assert launch.output.count(words) == 1
     assert "nobody: their" not in launch.output and "\x1b" not in launch.output
+
+
+@pytest.mark.parametrize("where", ["page", "notebook"])
+def test_what_strangers_send_through_a_socket_fills_no_log_and_no_memory(
+    course: Course, where: str
+) -> None:
+    username, launch = course.students[0], course.launches[0]
+    is_page = where == "page"
+    url = course.url if is_page else course.notebook_url(username)
+    server = launch.helper("webserver") if is_page else course.server(username)
+    address, sslopt = f"{url}-socket".replace("https", "wss"), {"context": course.context()}
+    before = server.memory_info().rss
+
+    for data in (b"", b"x", bytes(9_000_000)):  # the last is not the whole message
+        client = websocket.create_connection(address, timeout=20, sslopt=sslopt)
+        size = max(len(data), 9_500_000 * (len(data) > 1))
+        with contextlib.suppress(OSError, websocket.WebSocketException):
+            client.sock.sendall(
+                struct.pack("!BBQI", 0x82, 0xFF, size, 0) + data  # masked by zeros
+            )
+            client.recv()
+            client.recv()  # till it is hung up on
+        client.shutdown()  # type: ignore[no-untyped-call]
+        assert server.memory_info().rss - before < 5_000_000
+
+    assert fetch(url, context=course.context()).status in (200, 302)  # it has done all
+    log = (course.home(username) / notebooks.SERVER_LOG).read_text()
+    assert "Traceback" not in launch.output and "Traceback" not in log
 
 
 NGINX = """
