@@ -6323,7 +6323,7 @@ def visited_host(request: Any) -> str:
     """Return the host name that the visitor used, without the port."""
     host: str = request.host_name
     plain = re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", host)
-    return host if plain else socket.getfqdn()
+    return host if plain else socket.gethostname()  # not by the DNS, which may be slow
 
 
 def first_byte_server(server: Any, settings: Mapping[str, Any]) -> Any:
@@ -6390,6 +6390,10 @@ async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> N
     )
 
     listener.setblocking(False)
+    # Ends connections that ask, and ask again, and never read an answer: tcp(7).
+    listener.setsockopt(
+        socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(PAGE_SECONDS * 1000)
+    )
     first_byte_server(server, application.settings).add_socket(listener)
     with contextlib.suppress(OSError):  # the launcher is gone: seen below
         channel.send_message(Ready())

@@ -9,8 +9,10 @@ import pwd
 import re
 import socket
 import ssl
+import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import jinja2
 import psutil
@@ -18,7 +20,7 @@ import pytest
 
 import notebooks
 from conftest import CourseMaker
-from support import Course, Response, fetch, tls_context
+from support import Course, Response, fetch, tls_context, wait_until
 
 HOSTILE = '<script>alert("1")</script> & Zoë'
 TITLE = "<i>R&D</i> {style} 100%"
@@ -355,7 +357,7 @@ def test_a_hostile_host_header_leads_nowhere(
         assert "Location" not in response.headers
         return
     address = urllib.parse.urlsplit(response.headers["Location"])
-    assert address.hostname in (socket.getfqdn().lower(), "localhost", "127.0.0.1")
+    assert address.hostname in (socket.gethostname().lower(), "localhost", "127.0.0.1")
     assert "@" not in address.netloc and "evil" not in response.headers["Location"]
 
 
@@ -426,6 +428,44 @@ def test_silent_clients_and_garbage_hold_nobody_up(visited: Course) -> None:
         assert visit(visited).status == 200
         assert fetch(f"http://localhost:{visited.port}/").status == 307
     assert visit(visited).status == 200
+
+
+@pytest.mark.root
+def test_who_asks_and_asks_and_never_reads_is_hung_up_on(visited: Course) -> None:
+    """Or such connections would stay for ever: a kernel keeps them alive by itself."""
+    webserver = visited.launches[-1].helper("webserver")
+    before, request = webserver.num_fds(), b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", visited.port))
+            secure = stack.enter_context(tls_context().wrap_socket(client))
+            secure.settimeout(0.5)
+            with contextlib.suppress(OSError):
+                while True:
+                    secure.send(request * 20)
+        assert webserver.num_fds() > before
+        seconds = 4 * notebooks.PAGE_SECONDS
+        wait_until(lambda: webserver.num_fds() <= before, seconds, "all hung up on")
+
+
+@pytest.mark.root
+def test_a_dns_that_does_not_answer_holds_no_visitor_up(visited: Course) -> None:
+    """Anybody can name a host that is none, for which ours is said."""
+    files = Path("/etc/hosts"), Path("/etc/resolv.conf")
+    before = [path.read_text() for path in files]
+    try:
+        files[0].write_text("127.0.0.1 localhost\n")
+        files[1].write_text("nameserver 192.0.2.53\n")
+        start = time.monotonic()
+        for _ in range(3):
+            request = b"GET / HTTP/1.1\r\nHost: a!b\r\n\r\n"
+            assert send_raw(visited, request, secure=False).status == 307
+        assert time.monotonic() - start < 3
+    finally:
+        for path, text in zip(files, before, strict=True):
+            path.write_text(text)
 
 
 @pytest.mark.root
