@@ -1056,8 +1056,11 @@ def parse_address(text: str) -> str:
     """Read a host name or address, in which {username} may stand for the student's."""
     if "{username}" in text and not text.startswith("{username}."):
         raise ValueError("must have {username}. at its beginning, if at all")
-    if text and not re.fullmatch(r"[\w.:\[\]-]+", text.replace("{username}", "u")):
-        raise ValueError("must be a host name alone, such as `lab.example.org`")
+    if text and not re.fullmatch(r"(?a)[\w.:\[\]-]+", text.replace("{username}", "u")):
+        raise ValueError(
+            "must be a host name alone, such as `lab.example.org`, and with other letters"
+            " than a-z as browsers write it: `xn--...`"
+        )
     if text.count(":") == 1:
         raise ValueError("must not have a port: that is the key `port`")
     return f"[{text}]" if ":" in text and not text.startswith("[") else text
@@ -3776,14 +3779,16 @@ def fingerprint(der: bytes) -> str:
 
 
 def stable_ipv6_addresses() -> Iterator[str]:
-    """Yield this host's IPv6 addresses but link-local and temporary ones, which change.
+    """Yield this host's IPv6 addresses but link-local ones and those that change.
 
-    Source: /proc/net/if_inet6 (scope in column 4, flags in 5; 0x01 is IFA_F_TEMPORARY).
+    Any router of the network gives addresses; each would have students trust another
+    certificate. Source: /proc/net/if_inet6 (scope in column 4, flags in 5; 0x80 is
+    IFA_F_PERMANENT).
     """
     with contextlib.suppress(OSError):  # there is no such file without IPv6
         for line in Path("/proc/net/if_inet6").read_text().splitlines():
             number, _, _, scope, flags, *_ = line.split()
-            if scope == "00" and not int(flags, 16) & 1:
+            if scope == "00" and int(flags, 16) & 0x80:
                 yield str(ipaddress.IPv6Address(int(number, 16)))
 
 
@@ -3818,7 +3823,8 @@ def make_certificate(path: Path, names: Sequence[str]) -> None:
         value = f"{value}/{mask}" if kind == "IP" else value.removeprefix("*.")
         permitted.append(f"permitted;{kind}:{value}")
 
-    host = re.sub(r"[^\w.-]", "-", socket.gethostname())
+    host = re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())
+    host = host[:34]  # for a common name has 64 characters: RFC 5280, A.1
     title = f"/CN=Notebooks on {host} since {time.strftime('%Y-%m-%d')}"
     constraints = ",".join(dict.fromkeys(permitted))
 

@@ -11,6 +11,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import psutil
 import pytest
 
 import notebooks
-from support import Course, make_certificate, memory_of
+from support import ROOT, Course, make_certificate, memory_of
 
 
 @pytest.fixture
@@ -279,6 +280,31 @@ def test_nobody_remembers_the_key_of_our_authority(
             if path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 24:
                 data = path.read_bytes()
                 assert not [form for form in secret if form in data], path
+
+
+@pytest.mark.parametrize(
+    "host", ["ip-172-31-255-254.eu-central-1.compute.internal", "a" * 63, "MY_LAB"]
+)
+def test_a_host_may_have_any_name(
+    config: notebooks.Config, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    """That of the authority must have 64 characters at most."""
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    certificate = notebooks.ensure_certificate(config)
+    shake_hands(certificate, write_authority(certificate, config.path.parent), host)
+
+
+@pytest.mark.root
+def test_a_router_of_the_network_changes_no_certificate() -> None:
+    """Whoever sends router advertisements gives each host addresses, for a while."""
+    script = (
+        "ip link set lo up; ip address add 2001:db8::1/64 dev lo;"
+        " ip address add 2001:db8::2/64 dev lo valid_lft 600 preferred_lft 600;"
+        f" {sys.executable} -c 'import notebooks as n; print(*n.stable_ipv6_addresses())'"
+    )
+    command = ["unshare", "--net", "sh", "-ec", script]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["2001:db8::1"]
 
 
 def test_a_certificate_of_an_earlier_version_is_kept(

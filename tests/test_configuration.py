@@ -205,6 +205,7 @@ def test_a_value_is_understood(
         ("server_address", "https://lab.example.org/", "host name alone"),
         ("server_address", "lab.example.org:8888", "must not have a port"),
         ("server_address", "lab example", "host name alone"),
+        ("server_address", "schüle.example.org", "xn--"),
         ("server_address", "lab-{username}.example.org", "{username}."),
         ("server_address", "{user}.example.org", "host name alone"),
         ("owner", "nobody-of-that-name", "not a user"),
