@@ -6415,6 +6415,8 @@ def run_webserver(channel: Channel) -> None:
     """Serve the landing page. Runs as: nobody, once it has its title."""
     setproctitle.setproctitle(WEBSERVER_TITLE)
     logging.getLogger("tornado").setLevel(logging.ERROR)  # not each bad request
+    # Nor each visit to a server that starts or fails: its address is a stranger's text.
+    logging.getLogger("tornado.access").disabled = True
     try:
         site, (fd,) = channel.receive_message()
     except EOFError:

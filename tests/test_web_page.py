@@ -469,6 +469,25 @@ def test_a_dns_that_does_not_answer_holds_no_visitor_up(visited: Course) -> None
 
 
 @pytest.mark.root
+def test_visitors_of_a_server_that_hangs_write_nothing_into_the_log(
+    visited: Course,
+) -> None:
+    """What they ask for could steer the teacher's terminal: byte 9B begins a sequence."""
+    username, launch = visited.students[0], visited.launches[-1]
+    fetch(f"{visited.notebook_url(username)}login", context=visited.context())  # starts it
+    server, before = visited.server(username), launch.output
+    server.suspend()
+    try:
+        for path in (b"/", b"/\x9b31mYou%20have%20mail"):
+            request = b"GET /%s%s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            assert send_raw(visited, request % (username.encode(), path)).status == 503
+    finally:
+        server.resume()
+    assert "503" not in launch.output.removeprefix(before)
+    assert "mail" not in launch.output and "\x9b" not in launch.output
+
+
+@pytest.mark.root
 def test_the_webserver_is_nobody(visited: Course) -> None:
     nobody = pwd.getpwnam("nobody")
     children = psutil.Process(visited.launches[-1].pid).children()
