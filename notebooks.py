@@ -4124,7 +4124,7 @@ class SocketHandler(Upstream):  # type: ignore[misc]
         else:
             kind = "network" if number in self.come else "certificate"
             self.report(username, kind)
-            await self.finish(kind)
+            self.finish(kind)
 
     def check_origin(self, origin: str) -> bool:
         return True  # behind a proxy it may be another; and it does nothing
@@ -6173,7 +6173,8 @@ class PageHandler(Upstream):  # type: ignore[misc]
         notices = [self.say("ends", date=site.notice)] if site.notice else []
         has_authority = site.certificate.authority is not None
 
-        await self.finish(
+        # Nobody waits for it: a visitor who has left is no error for the log.
+        self.finish(
             page.render(
                 title=site.title,
                 messages=[*notices, *filter(None, messages)],
@@ -6266,7 +6267,7 @@ class AuthorityHandler(PageHandler):
             self.redirect("/")
         else:
             self.set_header("Content-Type", "application/x-x509-ca-cert")
-            await self.finish(authority)
+            self.finish(authority)
 
 
 class TrustHandler(PageHandler):

@@ -9,6 +9,7 @@ import pwd
 import re
 import socket
 import ssl
+import struct
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
@@ -448,6 +449,19 @@ def test_who_asks_and_asks_and_never_reads_is_hung_up_on(visited: Course) -> Non
         assert webserver.num_fds() > before
         seconds = 4 * notebooks.PAGE_SECONDS
         wait_until(lambda: webserver.num_fds() <= before, seconds, "all hung up on")
+
+
+@pytest.mark.root
+def test_visitors_who_leave_at_once_write_nothing_into_the_log(visited: Course) -> None:
+    request, launch = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", visited.launches[-1]
+    for _ in range(50):
+        client = socket.create_connection(("localhost", visited.port))
+        # It is reset, and does not wait for what was sent: socket(7).
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with tls_context().wrap_socket(client) as secure:
+            secure.sendall(request * 20)
+    assert visit(visited).status == 200
+    assert "Traceback" not in launch.output, launch.output
 
 
 @pytest.mark.root
