@@ -179,6 +179,7 @@ def test_what_strangers_send_through_a_socket_fills_no_log_and_no_memory(
 
     for data in (b"", b"x", bytes(9_000_000)):  # the last is not the whole message
         client = websocket.create_connection(address, timeout=20, sslopt=sslopt)
+        assert client.sock
         size = max(len(data), 9_500_000 * (len(data) > 1))
         with contextlib.suppress(OSError, websocket.WebSocketException):
             client.sock.sendall(
