@@ -205,6 +205,13 @@ def explain_exit(code: int) -> str:
     return f"was ended by signal {-code} ({signal.strsignal(-code)}){hint}"
 
 
+class PrintableFormatter(logging.Formatter):
+    """Leaves out of each line what would steer a terminal, whoever has written it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
 def say(text: str) -> None:
     """Print a line for the teacher, above the status line if there is one."""
     with contextlib.suppress(OSError):
@@ -236,6 +243,12 @@ def progress(steps: Iterable[Value], total: int, label: str) -> Iterable[Value]:
 
     tqdm.monitor_interval = 0  # its thread would forbid to fork workers
     return tqdm(steps, label, total, leave=False, unit="student", file=sys.stderr)
+
+
+@functools.cache
+def full_host_name() -> str:
+    """Return this host's name, for which DNS is asked but once: it may not answer."""
+    return socket.getfqdn()
 
 
 def counted(number: int, noun: str) -> str:
@@ -294,9 +307,9 @@ HEARTBEAT_SECONDS = 1.0
 STUCK_SECONDS = 20.0  # without a sign of life
 STUCK = (
     "something of theirs does not answer, such as a FUSE file system; end all they run"
-    " (su NAME -s /bin/sh -c 'kill -KILL -1'), and try again"
+    " (notebooks.py shutdown --everything --only NAME), and try again"
 )
-LOCK_FILE = "/run/notebooks.lock"  # root's
+LOCK_DIR = Path("/run")  # of root's files, which no student can open and lock
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # what ends us: Ctrl-C and kill(1)
 
 
@@ -345,8 +358,22 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
         words = done.stderr.strip() or f"exit status {done.returncode}"
         lines = [line.removeprefix(f"{argv[0]}: ") for line in words.splitlines()]
         lines = list(dict.fromkeys(lines))  # PAM says what is wrong at each try
-        raise Error(f"{argv[0]}: {' / '.join(lines[-4:])}")
+        raise Error(f"{argv[0]}: {' / '.join(lines[-4:])}{lock_holders()}")
     return done.stdout
+
+
+def lock_holders() -> str:
+    """Say which processes keep account files locked, such as a chfn(1) that was stopped.
+
+    Source: lckpwdf(3), and shadow's own files, which hold a pid.
+    """
+    holders = ""
+    for path in Path("/etc").glob("*.lock"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(path.read_text().strip("\0\n "))
+            name = printable(Path(f"/proc/{pid}/comm").read_text().strip())
+            holders += f"; pid {pid} ({name}) holds {path}: `kill -KILL {pid}` ends it"
+    return holders
 
 
 @contextlib.contextmanager
@@ -357,56 +384,44 @@ def closing(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def lock_file(path: Path) -> int:
-    """Return a descriptor that holds the lock of a file, or raise BusyError.
-
-    The lock is on the file (which students cannot open), not on its directory.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise BusyError(
-            f"{path}: another notebooks.py works with it; wait until that is done"
-        ) from None
-
-    # Who held it before may have put another file in its place.
-    if os.path.samestat(os.fstat(fd), os.stat(path)):
-        return fd
-    os.close(fd)
-    return lock_file(path)
-
-
 @contextlib.contextmanager
-def host_locked() -> Iterator[None]:
-    """Wait until no other course's command changes accounts, and keep others waiting."""
-    with closing(os.open(LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+def locked(what: str, wait: bool) -> Iterator[None]:
+    """Hold a lock of this host against other notebooks.py; raises BusyError."""
+    fd = os.open(LOCK_DIR / f"{what}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with closing(fd):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise BusyError(
+                "another notebooks.py works with it; wait until that is done"
+            ) from None
         yield
 
 
+def host_locked() -> contextlib.AbstractContextManager[None]:
+    """Wait until no other course's command changes accounts, and keep others waiting."""
+    return locked("notebooks", wait=True)
+
+
 @uninterrupted()
-def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> int:
-    """Replace a file by one of mode 0600, and return a descriptor that locks it."""
+def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> None:
+    """Replace a file by one of mode 0600."""
     try:
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
 
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            os.fchown(fd, uid, gid)
-            with open(fd, "wb", closefd=False) as file:
+            with open(fd, "wb") as file:
+                os.fchown(fd, uid, gid)
                 file.write(data)
-            os.fsync(fd)
+                file.flush()
+                os.fsync(fd)
             os.rename(temporary, path)
         except BaseException:
-            os.close(fd)
             os.unlink(temporary)
             raise
     except OSError as error:
         error.filename = str(path)  # nobody knows the temporary file's name
         raise
-    return fd
 
 
 # == Tools: messages =======================================================================
@@ -1643,7 +1658,6 @@ class Roster:
     def __init__(self, path: Path) -> None:
         """Raises: UsageError for a file that cannot be read as CSV at all."""
         self.path = Path(os.path.realpath(path))
-        self.lock_fd = -1
         self.changes: dict[str, dict[str, str]] = {}
         self.made: dict[Student, str] = {}  # user names, of what rows were without
         self.load()
@@ -1775,19 +1789,34 @@ class Roster:
                 f"{self.path}: cannot be written: {error.strerror}; nothing was done"
             ) from None
 
+    @property
+    def lock_name(self) -> str:
+        """What its lock is called: the list itself may be readable after an upload."""
+        return f"notebooks-{hashlib.sha256(bytes(self.path)).hexdigest()[:16]}"
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the list against other notebooks.py, and read it again; raises BusyError."""
-        self.lock_fd = lock_file(self.path)
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.lock_name, wait=False))
+            except BusyError as error:
+                raise BusyError(f"{self.path}: {error}") from None
+
+            self.close_to_others()
             self.load()
             problems = list(self.problems())
             if problems:
                 raise UsageError("\n".join(problems))
             yield
-        finally:
-            os.close(self.lock_fd)
-            self.lock_fd = -1
+
+    def close_to_others(self) -> None:
+        """Have nobody else read it from now on: it has passwords."""
+        mode = stat.S_IMODE(self.path.stat().st_mode)
+        if mode & 0o077:
+            log.info("%s was open to others (mode %o): closed now", self.path, mode)
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                self.path.chmod(mode & 0o700)
 
     def save(self) -> None:
         """Replace the file, if it differs, by a private one of the same owner."""
@@ -1803,10 +1832,8 @@ class Roster:
         info = self.path.stat()
         if data == self.data and stat.S_IMODE(info.st_mode) == 0o600:
             return
-        with uninterrupted():  # or `locked` might close a descriptor for a second time
-            fd = replace_private_file(self.path, data, info.st_uid, info.st_gid)
-            os.close(self.lock_fd)  # of the file that is replaced
-            self.lock_fd, self.data = fd, data
+        replace_private_file(self.path, data, info.st_uid, info.st_gid)
+        self.data = data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1815,6 +1842,7 @@ class Options:
 
     yes: bool = False  # do not ask
     reset: bool = False  # send what has not changed, too
+    everything: bool = False  # shut down what is not Jupyter's, too
     only: frozenset[str] | None = None  # user names; None: all
 
 
@@ -3336,6 +3364,7 @@ SERVER_NAME = SERVER_TITLE[:15]  # as much of it as `read_name` returns
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 10.0  # how long processes that keep forking are fought
 MAX_ARGV_BYTES = 1 << 14
+MAX_ARGUMENTS = 4000  # of a program: far from what execve(2) takes
 
 # Matches a NUL-separated command line that starts Jupyter, directly or as a Python script
 # or module. Our own servers are recognized by their title, and kernels of other languages
@@ -3561,6 +3590,16 @@ def stop_jupyter(
     ]
 
 
+def end_everything(members: Sequence[Member], outcome: Outcome) -> list[Member]:
+    """Kill all that members run, whoever else has their account; return whose that is."""
+    for member in members:
+        with outcome.step(member.username):
+            if member.uid == invoking_account().pw_uid:
+                raise Error("is your own account: nothing was ended")
+            kill_everything(member.account)
+    return [member for member in members if member.username not in outcome.failures]
+
+
 def end_families(
     known: dict[int, set[int]], spared: Collection[int] = ()
 ) -> dict[int, list[psutil.Process]]:
@@ -3644,14 +3683,17 @@ def delete_public_files(uids: Collection[int]) -> None:
         with contextlib.suppress(Error):  # a directory that has files of others
             delete_tree(Path(directory), "(", *owned, ")")
 
+    doomed: list[str] = []
     for kind, option in IPC_KINDS.items():
         lines = Path("/proc/sysvipc", kind).read_text().splitlines()
         names = lines[0].split()
         for line in lines[1:]:
             row = dict(zip(names, map(int, line.split()), strict=False))
             if row["uid"] in uids or row["cuid"] in uids:
-                with contextlib.suppress(Error):  # it has gone meanwhile
-                    run_program(["ipcrm", option, line.split()[1]])
+                doomed += [option, line.split()[1]]
+    for i in range(0, len(doomed), MAX_ARGUMENTS):
+        with contextlib.suppress(Error):  # one of them has gone meanwhile
+            run_program(["ipcrm", *doomed[i : i + MAX_ARGUMENTS]])
 
 
 # == Certificate ===========================================================================
@@ -3792,7 +3834,7 @@ def host_names(config: Config) -> list[str]:
     entries = itertools.chain(*psutil.net_if_addrs().values())
     addresses = {each.address for each in entries if each.family == socket.AF_INET}
     addresses |= {"127.0.0.1", "::1", *stable_ipv6_addresses()}
-    names = {socket.gethostname(), socket.getfqdn(), "localhost"}
+    names = {socket.gethostname(), full_host_name(), "localhost"}
 
     address = config.server_address.strip("[]").replace("{username}", "*")
     if address:
@@ -3825,7 +3867,7 @@ def make_certificate(path: Path, names: Sequence[str]) -> None:
     extension = f"subjectAltName={','.join(names)}"
     arguments = [str(CERTIFICATE_DAYS), title, constraints, extension]
     pem = run_program(["sh", "-c", MAKE_CERTIFICATE, "sh", *arguments])
-    os.close(replace_private_file(path, f"{extension}\n{pem}".encode(), 0, 0))
+    replace_private_file(path, f"{extension}\n{pem}".encode(), 0, 0)
 
 
 def ensure_certificate(config: Config) -> Certificate:
@@ -6319,7 +6361,7 @@ def visited_host(request: Any) -> str:
     """Return the host name that the visitor used, without the port."""
     host: str = request.host_name
     plain = re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", host)
-    return host if plain else socket.getfqdn()
+    return host if plain else full_host_name()
 
 
 def first_byte_server(server: Any, settings: Mapping[str, Any]) -> Any:
@@ -6411,6 +6453,7 @@ def run_webserver(channel: Channel) -> None:
     nobody = pwd.getpwnam("nobody")
     drop_privileges(Identity(nobody.pw_uid, nobody.pw_gid, (nobody.pw_gid,)))
     release_memory()
+    full_host_name()  # before there is an event loop, which must not wait for it
     listener = socket.socket(fileno=fd)
     asyncio.run(serve_page(channel, site, listener))
 
@@ -6422,7 +6465,9 @@ def run_webserver(channel: Channel) -> None:
 # passwords of whoever visits it.
 
 LAUNCHER_TITLE = "notebooks.py: launcher of "  # the configuration file
+LAUNCHER_NAME = LAUNCHER_TITLE[:15]  # as much of it as `read_name` returns
 MAX_LOOKED_DESCRIPTORS = 1000  # of each process, or it takes long
+MAX_NAMESAKES = 20  # of a user's processes
 SYS_PIDFD_GETFD = 438  # the same on all architectures
 
 
@@ -6453,8 +6498,12 @@ def bind_port(port: int) -> socket.socket:
 Listeners = dict[int, list[tuple[int, int]]]
 
 
-def find_listeners() -> Listeners:
-    """Return who listens on which TCP port. Source: proc(5), /proc/net/tcp."""
+def find_listeners(name: str = "") -> Listeners:
+    """Return who listens on which TCP port, of processes of that name if it is given.
+
+    Students can give it to theirs: only a few of each user's are looked at. Source:
+    proc(5), /proc/net/tcp.
+    """
     ports = {}
     for path in Path("/proc/net").glob("tcp*"):
         for line in path.read_text().splitlines()[1:]:
@@ -6464,7 +6513,17 @@ def find_listeners() -> Listeners:
                 ports[f"socket:[{inode}]"] = int(address.rpartition(":")[2], 16)
 
     listeners: Listeners = {}
+    namesakes: collections.Counter[int] = collections.Counter()
     for pid in psutil.pids():
+        if name:
+            if read_name(pid) != name:
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                uid = read_status(pid)[0]
+                namesakes[uid] += 1
+                if namesakes[uid] > MAX_NAMESAKES:
+                    continue
+
         with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
             for entry in itertools.islice(entries, MAX_LOOKED_DESCRIPTORS):
                 with contextlib.suppress(OSError):
@@ -6474,9 +6533,9 @@ def find_listeners() -> Listeners:
     return listeners
 
 
-def describe_holder(listeners: Listeners, port: int) -> str:
+def describe_holder(port: int) -> str:
     """Name what holds a port."""
-    for pid, _ in listeners.get(port, ()):
+    for pid, _ in find_listeners().get(port, ()):
         with contextlib.suppress(ProcessLookupError, KeyError):
             user = pwd.getpwuid(read_status(pid)[0]).pw_name
             return f"{printable(read_name(pid))} (pid {pid}, user {user})"
@@ -6485,7 +6544,7 @@ def describe_holder(listeners: Listeners, port: int) -> str:
 
 def find_launcher(port: int) -> tuple[int, Path] | None:
     """Return pid and configuration file of the `launch` of root's that has a base port."""
-    for pid, _ in find_listeners().get(port, ()):
+    for pid, _ in find_listeners(LAUNCHER_NAME).get(port, ()):
         with contextlib.suppress(ProcessLookupError):
             # Root's first: a student could hold up who reads their command line.
             title = " ".join(read_argv(pid)) if read_status(pid)[0] == 0 else ""
@@ -6522,8 +6581,7 @@ def bind_base_port(config: Config) -> socket.socket:
             ) from None
 
         reason = os.strerror(error.errno or 0)
-        listeners = find_listeners()
-        holder = f"the launch of {found[1]}" if found else describe_holder(listeners, port)
+        holder = f"the launch of {found[1]}" if found else describe_holder(port)
         raise UsageError(
             f"port {port}: {reason}: {holder}; end that, or set another `port`"
         ) from None
@@ -6657,7 +6715,7 @@ class Server:
                 server = cls(member, other, bind_port(other))
                 log.warning(
                     "%s: port %d is held by %s; using %d: let it through the firewall",
-                    *(username, port, describe_holder(listeners, port), other),
+                    *(username, port, describe_holder(port), other),
                 )
                 return server
         raise Error("no port is free")
@@ -6805,7 +6863,7 @@ def visible_address(config: Config, prefix: str = "") -> str:
     """Return the host name of the web page or, with a prefix, of a student's server."""
     if config.server_address:
         return config.server_address.replace("{username}.", prefix)
-    name = socket.getfqdn()
+    name = full_host_name()
     return socket.gethostname() if name.startswith("localhost") else name
 
 
@@ -6910,7 +6968,7 @@ class Launcher:
         """Hold a port for each member who can have a server; the list is locked."""
         outcome = Outcome()
         ports = assign_ports(course.roster.students, course.config.port)
-        listeners = find_listeners()
+        listeners = find_listeners(SERVER_NAME)
         servers = []
 
         for member in outcome.members(course.students):
@@ -7664,7 +7722,10 @@ def command_shutdown(course: Course) -> int:
     warn_of_strays(course)
     outcome = Outcome()
     members = find_members(course.students)
-    ended = stop_jupyter(course.config, members, outcome)
+    if course.options.everything:
+        ended = end_everything(members, outcome)
+    else:
+        ended = stop_jupyter(course.config, members, outcome)
 
     for member, _ in outcome.each(clear_runtime_dir, ended, "shutdown"):
         outcome.done(member.username, "shut down")
@@ -7722,7 +7783,8 @@ def retrieve_from(
         keep_as=KEPT_COPY,
         keep_all=True,
         limit=config.retrieve_limit,
-        wanted=config.is_wanted,
+        # Whoever runs git in the storage would run what a student's .git/config says.
+        wanted=lambda path: config.is_wanted(path) and path.name.lower() != ".git",
         mode=mode,
         dry_run=dry_run,
         uncounted=Path(config.shared_dir.name) if config.shared_dir else None,
@@ -7909,7 +7971,7 @@ def make_parser() -> argparse.ArgumentParser:
         text = str(command.__doc__).partition("\n")[0]
         example = f"Example: sudo notebooks.py {name} course.cfg"
         sub = commands.add_parser(name, help=text, description=text, epilog=example)
-        sub.set_defaults(yes=False, reset=False)
+        sub.set_defaults(yes=False, reset=False, everything=False)
         text = "configuration file (%(default)s)"
         sub.add_argument("config", nargs="?", type=Path, default="notebooks.cfg", help=text)
         text = "say more; -vv also which programs are run"
@@ -7919,6 +7981,9 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--only", type=parse_names, metavar="NAME[,NAME...]", help=text)
         if name in ("send", "remove"):
             sub.add_argument("--yes", action="store_true", help="do not ask")
+        if name == "shutdown":
+            text = "end all that they run, also by ssh and in other courses"
+            sub.add_argument("--everything", action="store_true", help=text)
         if name == "send":
             text = "replace changed files even if the material has not changed"
             sub.add_argument("--reset", action="store_true", help=text)
@@ -7949,7 +8014,8 @@ def run_command(arguments: Sequence[str]) -> int:
     if options.command == "launch" and not sys.flags.isolated:
         command = script_command(*arguments)
         os.execv(command[0], command)
-    wanted = Options(options.yes, options.reset, options.only)
+    fields = [field.name for field in dataclasses.fields(Options)]
+    wanted = Options(**{name: getattr(options, name) for name in fields})
     return COMMANDS[options.command](load_course(options.config, wanted))
 
 
@@ -7960,7 +8026,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     ensure_standard_streams()
-    logging.basicConfig(format="notebooks.py: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("notebooks.py: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     if len(arguments) == 3 and arguments[0] in ROLES and arguments[1].isdigit():
         ROLES[arguments[0]](Channel(fileno=int(arguments[1])))
         return 0

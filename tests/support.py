@@ -50,6 +50,8 @@ from selenium.webdriver.remote.remote_connection import RemoteConnection
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
+import notebooks
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks.py"
 ENVIRONMENT = {
@@ -870,6 +872,11 @@ class Notebook:
 # ---------------------------------------------------------------------------------------
 # A browser
 # ---------------------------------------------------------------------------------------
+
+
+def held(course: Course) -> contextlib.AbstractContextManager[None]:
+    """Work with a course's list as another notebooks.py would."""
+    return notebooks.locked(notebooks.Roster(course.user_list).lock_name, wait=False)
 
 
 def environment_has(process: psutil.Process, name: str, value: str) -> bool:

@@ -1,0 +1,190 @@
+"""What students and strangers do to the host, to root's commands and to the teacher."""
+
+import logging
+import os
+import pwd
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import notebooks
+from conftest import CourseMaker
+from support import ROOT, wait_until
+
+pytestmark = pytest.mark.root
+
+
+AsStudent = Callable[[str, str], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def as_student() -> Iterator[AsStudent]:
+    """A function that runs Python code as a student, until the test ends."""
+    processes = []
+
+    def run(username: str, code: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            ["/usr/bin/python3", "-c", code],
+            user=username,
+            group=username,
+            extra_groups=[],
+            cwd="/",
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_no_text_of_ours_has_root_run_a_program_as_a_student() -> None:
+    """It could take root's terminal before it ends: pidfd_getfd(2)."""
+    for name in ("notebooks.py", "README.rst", "CONTRIBUTING.rst"):
+        text = (ROOT / name).read_text()
+        assert not re.search(r"\b(su|runuser|sudo -u|setpriv)\b[^\n]*(NAME|USERNAME)", text)
+
+
+def test_shutdown_ends_everything_if_it_is_told_to(
+    make_course: CourseMaker, as_student: AsStudent
+) -> None:
+    """Also what has stopped itself, hides as something else, or forks all the time."""
+    course = make_course(2)
+    course.check("setup")
+    first, other = course.students
+    bomb = (
+        "import os\nwhile True:\n    if os.fork() == 0: os.setsid()\n    else: os._exit(0)"
+    )
+    sleeps = [as_student(first, "import time; time.sleep(999)") for _ in range(3)]
+    sleeps[0].send_signal(signal.SIGSTOP)
+    as_student(first, bomb)
+    spared = as_student(other, "import time; time.sleep(999)")
+    said = course.check("shutdown", "--everything", "--only", first)
+    assert f"{first}: shut down" in said
+    uid = pwd.getpwnam(first).pw_uid
+    assert not notebooks.processes_by_uid([uid])[uid]
+    assert spared.poll() is None
+
+
+def test_shutdown_never_ends_the_teacher(
+    make_course: CourseMaker, as_student: AsStudent
+) -> None:
+    course = make_course(1)
+    (username,) = course.students
+    course.check("setup")
+    mine = as_student(username, "import time; time.sleep(999)")
+    account = pwd.getpwnam(username)
+    environment = {**os.environ, "SUDO_UID": str(account.pw_uid)}
+    done = course.run("shutdown", "--everything", env=environment)
+    assert done.returncode == 1 and "is your own account" in done.stderr
+    assert mine.poll() is None
+
+
+def test_who_keeps_the_account_files_locked_is_named(make_course: CourseMaker) -> None:
+    course = make_course(1)
+    lock = Path("/etc/passwd.lock")
+    holder = subprocess.Popen(["sleep", "999"])
+    lock.write_text(f"{holder.pid}\0")
+    try:
+        done = course.run("setup", timeout=120)
+    finally:
+        lock.unlink()
+        holder.kill()
+        holder.wait()
+    assert done.returncode == 1
+    assert (
+        f"pid {holder.pid} (sleep) holds {lock}: `kill -KILL {holder.pid}`" in done.stderr
+    )
+    course.check("setup")
+
+
+def test_a_student_cannot_hold_the_lock_of_a_list_that_was_uploaded(
+    make_course: CourseMaker, as_student: AsStudent
+) -> None:
+    course = make_course(1)
+    course.check("setup")
+    (username,) = course.students
+    course.user_list.chmod(0o644)
+    for directory in course.directory, *course.directory.parents:
+        if directory.is_relative_to("/tmp/") and directory != Path("/tmp"):
+            directory.chmod(directory.stat().st_mode | 0o011)
+    code = (
+        "import fcntl, time; f = open({!r}); fcntl.flock(f, fcntl.LOCK_EX); time.sleep(99)"
+    )
+    holder = as_student(username, code.format(str(course.user_list)))
+    wait_until(lambda: psutil.Process(holder.pid).open_files(), 10, "the student's lock")
+    course.check("send")
+    assert course.user_list.stat().st_mode & 0o777 == 0o600
+    for path in Path("/run").glob("notebooks*.lock"):
+        assert path.stat().st_mode & 0o777 == 0o600 and path.stat().st_uid == 0
+
+
+def test_git_finds_no_configuration_in_the_storage(make_course: CourseMaker) -> None:
+    course = make_course(1, ignore="")
+    course.check("setup")
+    (username,) = course.students
+    work, bait = course.home(username) / "course", course.directory / "bait"
+    for name in (".git", "sub/.git", "other/.GIT"):
+        subprocess.run(["git", "init", "-q", work / name.rpartition("/")[0]], check=True)
+        config = work / name / "config"
+        config.parent.mkdir(exist_ok=True)
+        config.write_text(f"[core]\n\tfsmonitor = touch {bait}\n")
+    (work / "kept.txt").write_text("kept")
+    subprocess.run(["chown", "-R", f"{username}:", work], check=True)
+    course.check("retrieve")
+    storage = course.storage / username
+    assert (storage / "kept.txt").exists()
+    assert not [path for path in storage.rglob("*") if path.name.lower() == ".git"]
+    for directory in (storage, storage / "sub", storage / "other"):
+        subprocess.run(["git", "status"], cwd=directory, capture_output=True)
+    assert not bait.exists()
+
+
+def test_what_strangers_write_steers_no_terminal(make_course: CourseMaker) -> None:
+    course = make_course(1, on_demand="yes")
+    course.check("setup")
+    launch = course.launch().wait_ready()
+    (username,) = course.students
+    home = course.home(username)
+    home.rename(home.with_name("gone"))  # so that its page is a 503
+    request = f"GET /{username}/\x9b31m HTTP/1.0\r\n\r\n"
+    with socket.create_connection(("localhost", course.port)) as plain:
+        context = course.context()
+        with context.wrap_socket(plain, server_hostname="localhost") as tls:
+            tls.sendall(request.encode("latin-1"))
+            assert b" 503 " in tls.recv(1000)
+    home.with_name("gone").rename(home)
+    wait_until(lambda: "is missing" in launch.output, 20, "the failed start")
+    assert not [each for each in launch.output if not each.isprintable() and each != "\n"]
+    record = logging.LogRecord("x", 40, "", 1, "a\x1b]0;b\a\x9b\nc", (), None)
+    formatter = notebooks.PrintableFormatter("%(message)s")
+    assert formatter.format(record) == "a?]0;b??\nc"
+
+
+def test_thousands_of_objects_are_deleted_by_few_programs(
+    make_course: CourseMaker, as_student: AsStudent
+) -> None:
+    course = make_course(1)
+    course.check("setup")
+    (username,) = course.students
+    code = "import ctypes\nfor _ in range(9000): ctypes.CDLL(None).semget(0, 1, 0o1600)"
+    as_student(username, code).wait(60)
+    uid = pwd.getpwnam(username).pw_uid
+
+    def count() -> int:
+        lines = Path("/proc/sysvipc/sem").read_text().splitlines()[1:]
+        return sum(int(line.split()[4]) == uid for line in lines)
+
+    assert count() == 9000
+    started = time.monotonic()
+    course.check("remove", "--yes")
+    assert count() == 0 and time.monotonic() - started < 60
