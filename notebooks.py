@@ -39,7 +39,7 @@ message      from      to        descriptors        says
 Ready        helper    launcher  -                  it can do its work from now on
 ForkRequest  launcher  template  end of a channel   fork: an order comes through that
 ServerOrder  launcher  fork      listening socket,  run this student's server
-                                 terminal
+                                 end of a pipe
 Forked       fork      launcher  pidfd of the fork  it has taken the order
 Exited       template  launcher  -                  a fork's pid and its exit code
 Trial        fork      template  -                  how all extensions have started
@@ -64,7 +64,7 @@ launcher                          template              fork (root, then the stu
                                                         6 become_server  drops privileges
                                                         7 make_app       builds Jupyter
                                                         8 serve          prints its address
-9 watch_start     <-the address, through the terminal------ .
+9 watch_start     <-the address, through the pipe---------- .
                                                           move_output_to_log
   Server.wait_for_end  <-Exited-- report_exits
 
@@ -5228,6 +5228,8 @@ def end_file(name: str) -> Path:
 
 SERVER_LOG = ".notebooks.log"  # in the student's home
 IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
+STRANGER_BYTES = 1 << 14  # of the body of a request of who has not logged in
+STRANGER_SECONDS = 20.0  # in which it must have come
 NEVER_SECONDS = 100 * 365 * 24 * 3600
 MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
 OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score_adj
@@ -5519,10 +5521,10 @@ def become_server(
     fds: Sequence[int],
 ) -> None:
     """Become the student for good, and serve until SIGTERM. Step 6 of a start."""
-    listener_fd, terminal_fd = fds
-    with closing(terminal_fd):
-        for standard in (0, 1, 2):
-            os.dup2(terminal_fd, standard)
+    listener_fd, output_fd = fds
+    with closing(output_fd), closing(os.open(os.devnull, os.O_RDONLY)) as null_fd:
+        for fd, standard in ((null_fd, 0), (output_fd, 1), (output_fd, 2)):
+            os.dup2(fd, standard)
 
     # Nothing of the student's is read before the ids are dropped, and nothing can be done
     # with root's afterwards.
@@ -5629,13 +5631,11 @@ def serve(
     """Run the application on its listening socket, until SIGTERM or for long idle.
 
     Step 8 of a start. `app.start` prints the address, for which `watch_start` waits in the
-    launcher, and then runs the event loop, whose first callback leaves the terminal. The
+    launcher, and then runs the event loop, whose first callback leaves the pipe. The
     whole protocol of a start rests on this order: what is printed before goes to the
     launcher, as the reason if the start fails, and all of it to the log in the end.
     """
-    from tornado.httpserver import HTTPServer
-
-    server = HTTPServer(
+    server = with_upstream(NotebookHTTPServer, secret=app.cookie_secret)(
         app.web_app,
         ssl_options=certificate.context(),
         max_body_size=app.max_body_size,
@@ -5648,6 +5648,36 @@ def serve(
     app.io_loop.add_callback(take_certificates, server, control)
     app.io_loop.add_callback(move_output_to_log, said)
     app.start()
+
+
+class NotebookHTTPServer(Upstream):  # type: ignore[misc]
+    """Takes short requests alone of those who have not logged in, and not for long."""
+
+    upstream = "tornado.httpserver.HTTPServer"
+    secret: bytes  # which signs the cookie of a session
+
+    def start_request(self, server_conn: Any, request_conn: Any) -> Any:
+        delegate = super().start_request(server_conn, request_conn)
+        received = delegate.headers_received
+
+        def headers_received(start_line: Any, headers: Any) -> Any:
+            if not self.has_session(headers.get("Cookie", "")):
+                request_conn.set_max_body_size(STRANGER_BYTES)
+                request_conn.set_body_timeout(STRANGER_SECONDS)
+            return received(start_line, headers)
+
+        delegate.headers_received = headers_received
+        return delegate
+
+    def has_session(self, cookies: str) -> bool:
+        """Say whether any of these cookies is one of ours, in a header of a request."""
+        from tornado import httputil, web
+
+        return any(
+            name.startswith("username-")
+            and web.decode_signed_value(self.secret, name, value)
+            for name, value in httputil.parse_cookie(cookies).items()
+        )
 
 
 async def take_certificates(server: Any, control: socket.socket) -> NoReturn:
@@ -5664,8 +5694,8 @@ async def take_certificates(server: Any, control: socket.socket) -> NoReturn:
 
 
 def move_output_to_log(said: StartOutput) -> None:
-    """Leave the launcher's terminal for a log in the home. Runs as: the student."""
-    # Nothing is flushed: the launcher may have closed the terminal already (EIO).
+    """Leave the launcher's pipe for a log in the home. Runs as: the student."""
+    # Nothing is flushed: the launcher may have closed the pipe already (EPIPE).
     log_fd = null_fd = os.open(os.devnull, os.O_RDWR)
     # A FIFO or a link in its place neither blocks nor leads away.
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
@@ -6813,17 +6843,18 @@ class Server:
         ensure_runtime_dir(account)
         order = server_order(context, self)
 
-        terminal_fd, slave_fd = os.openpty()
+        # Not a terminal, of which students can use up the host's: pty(7).
+        output_fd, write_fd = os.pipe()
         with contextlib.ExitStack() as failed:
-            failed.callback(os.close, terminal_fd)
-            with closing(slave_fd):
-                fds = [self.listener.fileno(), slave_fd]
+            failed.callback(os.close, output_fd)
+            with closing(write_fd):
+                fds = [self.listener.fileno(), write_fd]
                 process = await context.template.fork(order, fds)
 
-            failed.pop_all()  # `watch_start` closes the terminal
+            failed.pop_all()  # `watch_start` closes the pipe
             failed.callback(process.close)
             failed.callback(process.send_signal, signal.SIGKILL)
-            await watch_start(terminal_fd, order.url)
+            await watch_start(output_fd, order.url)
             failed.pop_all()
         if order.certificate != context.certificate:  # it has come meanwhile
             self.hand_over(context.certificate)
@@ -6902,15 +6933,14 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
     )
 
 
-async def watch_start(terminal_fd: int, url: str) -> None:
-    """Wait until a server names its address on its terminal, which is then closed.
+async def watch_start(output_fd: int, url: str) -> None:
+    """Wait until a server names its address in its output, which is then closed.
 
-    Step 9 of a start. The address is the last that a server prints there: see `serve`. The
-    terminal controls no session, so closing it sends nobody a SIGHUP. Raises: Error with
-    the last lines of its output.
+    Step 9 of a start. The address is the last that a server prints there: see `serve`.
+    Raises: Error with the last lines of its output.
     """
     spawn = fdpexpect.fdspawn(
-        terminal_fd, encoding="utf-8", codec_errors="replace", searchwindowsize=2000
+        output_fd, encoding="utf-8", codec_errors="replace", searchwindowsize=2000
     )
     outcomes: list[Any] = [re.compile(re.escape(url)), pexpect.EOF, pexpect.TIMEOUT]
     outcome = await spawn.expect(outcomes, timeout=START_SECONDS, async_=True)

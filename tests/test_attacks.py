@@ -1,5 +1,7 @@
 """What students and strangers do to the host, to root's commands and to the teacher."""
 
+import contextlib
+import itertools
 import logging
 import os
 import pwd
@@ -188,3 +190,52 @@ def test_thousands_of_objects_are_deleted_by_few_programs(
     started = time.monotonic()
     course.check("remove", "--yes")
     assert count() == 0 and time.monotonic() - started < 60
+
+
+def test_a_stranger_fills_no_memory_of_a_server(make_course: CourseMaker) -> None:
+    """By log-ins whose bodies never end; who is logged in may send as much as ever."""
+    course = make_course(1)
+    course.check("setup")
+    course.launch().wait_ready()
+    (username,) = course.students
+    notebook = course.notebook(username)
+    server = course.server(username)
+    before = server.memory_full_info().uss
+    port = int(course.rows()[username]["port"])
+    stolen = "username-localhost=2|1:0|10:1|1:x|1:y|ab"
+    for cookie, kind in itertools.product(
+        ("", f"Cookie: {stolen}\r\n"),
+        ("Content-Length: 400000000", "Transfer-Encoding: chunked"),
+    ):
+        with (
+            socket.create_connection(("localhost", port)) as plain,
+            course.context().wrap_socket(plain, server_hostname="localhost") as tls,
+        ):
+            head = f"POST /{username}/login HTTP/1.1\r\nHost: localhost\r\n{cookie}{kind}\r\n\r\n"
+            tls.sendall(head.encode())
+            chunk = b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    tls.sendall(chunk)
+    assert server.memory_full_info().uss - before < 30 << 20
+    content = "x" * (20 << 20)
+    model = {"type": "file", "format": "text", "content": content}
+    notebook.api("PUT", "contents/large.txt", model)
+
+
+def test_a_server_starts_when_there_is_no_terminal_left(make_course: CourseMaker) -> None:
+    course = make_course(1, on_demand="yes")
+    course.check("setup")
+    course.launch().wait_ready()
+    limit = Path("/proc/sys/kernel/pty/max")
+    before = limit.read_text()
+    try:
+        limit.write_text(Path("/proc/sys/kernel/pty/nr").read_text())
+    except OSError:
+        pytest.skip("the number of terminals cannot be limited here")
+    try:
+        with pytest.raises(OSError):
+            os.openpty()
+        assert course.notebook(course.students[0]).execute("6 * 7") == "42"
+    finally:
+        limit.write_text(before)
