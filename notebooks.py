@@ -78,6 +78,7 @@ import argparse
 import array
 import asyncio
 import base64
+import bisect
 import codecs
 import collections
 import configparser
@@ -740,6 +741,7 @@ def with_upstream(ours: Any, **values: object) -> Any:
 # names the configuration files of the courses that have the account, its owner's first.
 # That of version 1.0.0 names none.
 MARK = "notebooks.py"
+UID_FILE = Path("/var/lib/misc/notebooks.uid")  # the last one that setup has given out
 USERNAME = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # 32: LOGIN_NAME_MAX of utmp(5)
 
 
@@ -753,7 +755,8 @@ def read_login_defs(key: str, default: int, base: int = 0) -> int:
 
 
 def find_account(key: str | int) -> pwd.struct_passwd | None:
-    with contextlib.suppress(KeyError):
+    # While it makes a KeyError, Python 3.11 loses a Ctrl-C.
+    with contextlib.suppress(KeyError), uninterrupted():
         return pwd.getpwnam(key) if isinstance(key, str) else pwd.getpwuid(key)
     return None
 
@@ -2151,15 +2154,32 @@ def uid_options(home: Path) -> list[str]:
             f" && mv {home} NEW && mv OLD {home}`"
         )
 
-    left_over = set()
+    used = {account.pw_uid for account in pwd.getpwall()}
     for path in home.parent.iterdir():
         with contextlib.suppress(OSError):  # a file system of theirs, in their home
-            left_over.add(path.lstat().st_uid)
+            used.add(path.lstat().st_uid)
+    return ["--uid", str(new_uid(uids, used))]
 
-    if all(map(find_account, left_over)):
-        return []  # useradd knows best
-    free = (uid for uid in uids if uid not in left_over and not find_account(uid))
-    return ["--uid", str(next(free, uids[-1]))]
+
+def new_uid(uids: Sequence[int], used: Collection[int]) -> int:
+    """Return a uid that nobody had before, and remember that it was given out.
+
+    What somebody with that uid has left, such as a program with its setuid bit in the home
+    of a friend, would be as the new one. Raises: Error.
+    """
+    mark = max((uid for uid in used if uid in uids), default=0)  # as useradd does
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        mark = int(UID_FILE.read_text())
+    free = (uid for uid in [*uids[bisect.bisect(uids, mark) :], *uids] if uid not in used)
+    uid = next((uid for uid in free if not find_account(uid)), None)
+    if uid is None:
+        raise Error("all uids of this host are used: see UID_MAX in /etc/login.defs")
+    if uid < mark:
+        log.warning("uid %d: somebody may have had it before; raise UID_MAX", uid)
+
+    UID_FILE.parent.mkdir(parents=True, exist_ok=True)
+    replace_private_file(UID_FILE, str(max(uid, mark)).encode(), 0, 0)
+    return uid
 
 
 def gid_options(username: str) -> list[str]:
@@ -3376,6 +3396,13 @@ JUPYTER = re.compile(
 )
 CONNECTION_FILE = re.compile(rf"{re.escape(str(RUNTIME_DIR))}/\d+/kernel-.*\.json")
 
+# Where keyctl(2) is, by processor: <asm/unistd.h>. Of <linux/keyctl.h>:
+KEYCTL_JOIN_SESSION_KEYRING = 1
+KEYCTL_CLEAR = 7
+USER_KEYRINGS = (-4, -5)  # the user's, and that of sessions without one of their own
+SYS_KEYCTL = {"x86_64": 250, "i386": 288, "arm": 311, "powerpc64le": 271, "s390x": 280}
+SYS_KEYCTL |= {"mips64el": 5241, "aarch64": 219, "riscv64": 219, "loongarch64": 219}
+
 # Where every user may have files, and System V objects (sysvipc(7), ipcrm(1)).
 PUBLIC_DIRS = (
     *("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run/lock"),
@@ -3383,6 +3410,12 @@ PUBLIC_DIRS = (
 )
 MAIL_DIRS = ("/var/mail", "/var/spool/mail")
 IPC_KINDS = {"shm": "--shmem-id", "msg": "--queue-id", "sem": "--semaphore-id"}
+
+
+def keyctl_number() -> int | None:
+    """Return the number of the system call keyctl(2) for this interpreter, if known."""
+    multiarch = str(sysconfig.get_config_var("MULTIARCH") or "")
+    return SYS_KEYCTL.get(multiarch.partition("-")[0])
 
 
 def read_argv(pid: int) -> list[str]:
@@ -3409,11 +3442,18 @@ def is_jupyter(argv: Sequence[str]) -> bool:
     )
 
 
-def read_status(pid: int) -> tuple[int, bool]:
-    """Return the real uid of a process and whether it is alive.
+class Status(NamedTuple):
+    """Whose a process is, by its real uid and in every way, and if it is alive."""
 
-    A process whose first thread is dead may have others that live. Source: proc(5),
-    /proc/PID/status. Raises: ProcessLookupError.
+    uid: int
+    alive: bool
+    owners: frozenset[int]
+
+
+def read_status(pid: int) -> Status:
+    """Return what proc(5) says in /proc/PID/status; raises ProcessLookupError.
+
+    A process whose first thread is dead may have others that live.
     """
     try:
         text = Path(f"/proc/{pid}/status").read_text(errors="replace")
@@ -3421,17 +3461,21 @@ def read_status(pid: int) -> tuple[int, bool]:
         raise ProcessLookupError(pid) from None
 
     # Not by psutil: its patterns match a name that a process gave itself (`Uid: 0`).
-    fields = dict(re.findall(r"^(State|Uid|Threads):\t(\w+)", text, re.MULTILINE))
-    return int(fields["Uid"]), fields["State"] not in "ZX" or int(fields["Threads"]) > 1
+    fields = dict(re.findall(r"^(State|Uid|Threads):\t(.+)", text, re.MULTILINE))
+    uid, *others = map(int, fields["Uid"].split())
+    alive = fields["State"][0] not in "ZX" or int(fields["Threads"]) > 1
+    # Root acts as others for a moment; a setuid program of a friend's does so for good.
+    owners = {uid} if 0 in others else {uid, *others}
+    return Status(uid, alive, frozenset(owners))
 
 
 def processes_by_uid(uids: Iterable[int]) -> dict[int, list[psutil.Process]]:
-    """Return the processes that run under each real uid, without dead ones."""
+    """Return the processes that each uid owns, without dead ones."""
     found: dict[int, list[psutil.Process]] = {uid: [] for uid in uids}
     for pid in psutil.pids():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            uid, alive = read_status(pid)
-            if alive and uid in found:
+            status = read_status(pid)
+            for uid in status.owners & found.keys() if status.alive else ():
                 found[uid].append(psutil.Process(pid))
     return found
 
@@ -3497,7 +3541,7 @@ def signal_process(pid: int, uid: int, number: int) -> None:
         contextlib.suppress(ProcessLookupError),
         contextlib.closing(Process(pid)) as process,
     ):
-        if read_status(pid)[0] == uid:
+        if uid in read_status(pid).owners:
             process.send_signal(number)
 
 
@@ -3519,6 +3563,18 @@ def kill_everything(account: pwd.struct_passwd) -> None:
         for process in left:
             signal_process(process.pid, identity.uid, signal.SIGKILL)
         time.sleep(0.02)
+
+
+def forget_keys(identity: Identity) -> None:
+    """Clear the keyrings of a uid: keyctl(2), KEYCTL_CLEAR. They outlive its processes."""
+
+    def become_the_user_and_clear() -> None:
+        drop_privileges(identity)
+        for keyring in USER_KEYRINGS:
+            ctypes.CDLL(None).syscall(keyctl_number(), KEYCTL_CLEAR, keyring, 0, 0, 0)
+
+    if keyctl_number() is not None:
+        os.waitpid(fork_process(become_the_user_and_clear), 0)
 
 
 def kill_all_at_once(identity: Identity) -> bool:
@@ -3639,6 +3695,7 @@ def end_account(account: pwd.struct_passwd) -> None:
     run_program(["usermod", "--expiredate", "1", "--", account.pw_name])
     Path("/var/spool/cron/crontabs", account.pw_name).unlink(missing_ok=True)
     kill_everything(account)
+    forget_keys(identity_of(account))
 
 
 def remove_account(account: pwd.struct_passwd) -> None:
@@ -5234,11 +5291,6 @@ NEVER_SECONDS = 100 * 365 * 24 * 3600
 MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
 OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score_adj
 
-# Where keyctl(2) joins a session keyring, by processor: <asm/unistd.h>.
-KEYCTL_JOIN_SESSION_KEYRING = 1
-SYS_KEYCTL = {"x86_64": 250, "i386": 288, "arm": 311, "powerpc64le": 271, "s390x": 280}
-SYS_KEYCTL |= {"mips64el": 5241, "aarch64": 219, "riscv64": 219, "loongarch64": 219}
-
 # What the menu *Save and export as* offers.
 EXPORTS = (
     *("asciidoc", "html", "latex", "markdown", "notebook", "pdf", "python", "rst"),
@@ -5496,12 +5548,6 @@ async def export_notebook(export_format: str, source: str) -> tuple[str, bytes]:
         return f"{Path(source).stem}.zip", Path(zipped).read_bytes()
 
 
-def keyctl_number() -> int | None:
-    """Return the number of the system call keyctl(2) for this interpreter, if known."""
-    multiarch = str(sysconfig.get_config_var("MULTIARCH") or "")
-    return SYS_KEYCTL.get(multiarch.partition("-")[0])
-
-
 def leave_session_keyring() -> None:
     """Join a new session keyring: the launcher's may hold the teacher's keys."""
     number = keyctl_number()
@@ -5674,8 +5720,7 @@ class NotebookHTTPServer(Upstream):  # type: ignore[misc]
         from tornado import httputil, web
 
         return any(
-            name.startswith("username-")
-            and web.decode_signed_value(self.secret, name, value)
+            web.decode_signed_value(self.secret, name, value)
             for name, value in httputil.parse_cookie(cookies).items()
         )
 

@@ -561,6 +561,7 @@ class Course:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+        notebooks.UID_FILE.unlink(missing_ok=True)  # or a long run uses up our numbers
 
     def configure(self, **settings: object) -> None:
         """Write the configuration with these settings added to the earlier ones."""

@@ -4,8 +4,10 @@ import contextlib
 import itertools
 import logging
 import os
+import platform
 import pwd
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -211,8 +213,8 @@ def test_a_stranger_fills_no_memory_of_a_server(make_course: CourseMaker) -> Non
             socket.create_connection(("localhost", port)) as plain,
             course.context().wrap_socket(plain, server_hostname="localhost") as tls,
         ):
-            head = f"POST /{username}/login HTTP/1.1\r\nHost: localhost\r\n{cookie}{kind}\r\n\r\n"
-            tls.sendall(head.encode())
+            head = f"POST /{username}/login HTTP/1.1\r\nHost: localhost\r\n{cookie}{kind}"
+            tls.sendall(f"{head}\r\n\r\n".encode())
             chunk = b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
             with contextlib.suppress(OSError):
                 for _ in range(100):
@@ -239,3 +241,62 @@ def test_a_server_starts_when_there_is_no_terminal_left(make_course: CourseMaker
         assert course.notebook(course.students[0]).execute("6 * 7") == "42"
     finally:
         limit.write_text(before)
+
+
+def test_nobody_gets_the_uid_that_another_student_had(make_course: CourseMaker) -> None:
+    course = make_course(3)
+    course.check("setup")
+    first = {pwd.getpwnam(username).pw_uid for username in course.students}
+    course.check("remove", "--yes")
+    course.check("setup")
+    second = {pwd.getpwnam(username).pw_uid for username in course.students}
+    assert len(first | second) == 6 and min(second) > max(first)
+    course.check("remove", "--yes", "--only", course.students[0])
+    course.check("setup")
+    assert pwd.getpwnam(course.students[0]).pw_uid > max(second)
+
+
+def test_remove_ends_what_has_a_uid_by_a_setuid_program(
+    make_course: CourseMaker, as_student: AsStudent
+) -> None:
+    """A friend's process that is the removed student in its effective uid alone."""
+    course = make_course(2)
+    course.check("setup")
+    gone, friend = course.students
+    uid = pwd.getpwnam(gone).pw_uid
+    program = course.home(friend) / "sleep"
+    shutil.copy("/usr/bin/sleep", program)
+    os.chown(program, uid, -1)
+    program.chmod(0o4755)
+    code = f"import os; os.execv({str(program)!r}, ['sleep', '999'])"
+    process = as_student(friend, code)
+    wait_until(lambda: psutil.Process(process.pid).uids().effective == uid, 10, "its uid")
+    spared = as_student(friend, "import time; time.sleep(999)")
+    course.check("remove", "--yes", "--only", gone)
+    assert process.wait(10) == -signal.SIGKILL
+    assert spared.poll() is None
+
+
+def test_remove_leaves_no_keys(make_course: CourseMaker, as_student: AsStudent) -> None:
+    course = make_course(1)
+    course.check("setup")
+    (username,) = course.students
+    uid = pwd.getpwnam(username).pw_uid
+    code = (
+        "import ctypes; libc = ctypes.CDLL(None); word = ctypes.c_char_p(b'secret')\n"
+        "libc.syscall(250, 1, 0); libc.syscall(250, 8, -4, -3)\n"  # a session, with theirs
+        "number = libc.syscall(248, b'user', b'mine', word, 6, -4)\n"
+        "assert number > 0\n"
+        "assert libc.syscall(250, 5, number, 0x3f3f3f3f) == 0"  # visible for all
+    )
+    if platform.machine() != "x86_64":
+        pytest.skip("the numbers of system calls are those of x86_64")
+    assert as_student(username, code).wait() == 0
+
+    def keys() -> list[str]:
+        lines = Path("/proc/keys").read_text().splitlines()
+        return [line for line in lines if line.split()[5] == str(uid) and "mine" in line]
+
+    assert keys()
+    course.check("remove", "--yes")
+    wait_until(lambda: not keys(), 10, "the end of its key")
