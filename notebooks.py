@@ -11,9 +11,9 @@ retrieve  copies what the students made into the owner's storage
 remove    deletes the accounts that setup made, with their homes
 
 The course is described by an INI file (`notebooks.cfg`) and by a CSV file of students
-(`students.csv`). There is no other state: the CSV file is the user database, passwd and
-group say which accounts exist and which are whose course's (by a mark in their GECOS
-field), the process table and the listening sockets say what runs.
+(`students.csv`). There is no other state but the last uid that was given out: the CSV file
+is the user database, passwd and group say which accounts exist and which are whose course's
+(by a mark in their GECOS field), the process table and the listening sockets say what runs.
 
 In this file a *student* is a row of the list, an *account* an entry of passwd, and a
 *member* both together. Whatever happens in a student's home happens with that student's
@@ -852,7 +852,7 @@ def is_home_of(account: pwd.struct_passwd) -> bool:
     """Say whether an account's home is there, a directory, and theirs."""
     try:
         info = os.stat(account.pw_dir)  # in a directory of root's: a link is root's
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):  # nothing else says that it is absent
         return False
     return stat.S_ISDIR(info.st_mode) and info.st_uid == account.pw_uid
 
@@ -3384,6 +3384,7 @@ SERVER_NAME = SERVER_TITLE[:15]  # as much of it as `read_name` returns
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 10.0  # how long processes that keep forking are fought
 MAX_ARGV_BYTES = 1 << 14
+MAX_MOUNTS = 10_000  # of one student's, one over the other
 MAX_ARGUMENTS = 4000  # of a program: far from what execve(2) takes
 
 # Matches a NUL-separated command line that starts Jupyter, directly or as a Python script
@@ -3687,15 +3688,39 @@ def end_families(
 
 def end_account(account: pwd.struct_passwd) -> None:
     """End all that an account of ours runs, for good; raises Error if that fails."""
-    for _, mount, *_ in psutil.disk_partitions(all=True):
-        if Path(mount).is_relative_to(account.pw_dir):  # userdel would empty it
-            raise Error(f"something is mounted at {mount!r}; umount it, then remove again")
-
-    # Closed first, so that neither ssh nor cron start anything new.
+    # Closed first, so that neither ssh nor cron start anything new, and then killed: so
+    # nothing is mounted again.
     run_program(["usermod", "--expiredate", "1", "--", account.pw_name])
     Path("/var/spool/cron/crontabs", account.pw_name).unlink(missing_ok=True)
     kill_everything(account)
     forget_keys(identity_of(account))
+    unmount_own(account)
+
+
+def unmount_own(account: pwd.struct_passwd) -> None:
+    """Take away what an account that runs nothing has mounted over its files, with FUSE.
+
+    What lies below would stay, under the name of the mount. Raises: Error for what only
+    root can have mounted: userdel would empty it.
+    """
+    places = account.pw_dir, runtime_dir_of(account)
+    for _ in range(MAX_MOUNTS):
+        mounts = psutil.disk_partitions(all=True)
+        inside = [
+            each
+            for each in mounts
+            if any(Path(each.mountpoint).is_relative_to(place) for place in places)
+        ]
+        if not inside:
+            return
+        # With the outermost goes what is mounted in it.
+        mount = min(inside, key=lambda each: len(each.mountpoint))
+        if not mount.fstype.startswith("fuse"):
+            where = repr(mount.mountpoint)
+            raise Error(f"something is mounted at {where}; umount it, then remove again")
+        options = ["--lazy", "--no-canonicalize", "--internal-only"]
+        run_program(["umount", *options, "--", mount.mountpoint])
+    raise Error("too much is mounted in their home; restart this host, then remove again")
 
 
 def remove_account(account: pwd.struct_passwd) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -300,3 +301,51 @@ def test_remove_leaves_no_keys(make_course: CourseMaker, as_student: AsStudent) 
     assert keys()
     course.check("remove", "--yes")
     wait_until(lambda: not keys(), 10, "the end of its key")
+
+
+MOUNT = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+for place in {places!r}:
+    for _ in range(2):
+        fd = os.open("/tmp/fuse-{uid}", os.O_RDWR)
+        options = f"fd={{fd}},rootmode=40000,user_id={uid},group_id={uid}".encode()
+        if libc.mount(b"mine", place.encode(), b"fuse", 6, options):
+            sys.exit(os.strerror(ctypes.get_errno()))
+os.setresuid({uid}, {uid}, {uid})
+print("mounted", flush=True)
+time.sleep(999)  # and answers nothing
+"""
+
+
+def test_remove_takes_away_what_a_student_has_mounted(make_course: CourseMaker) -> None:
+    """Over the home, twice, in it and over the runtime directory; with all its files."""
+    course = make_course(2)
+    course.check("setup")
+    course.launch().wait_ready()
+    gone, other = course.students
+    account = pwd.getpwnam(gone)
+    uid, home = account.pw_uid, Path(account.pw_dir)
+    home.joinpath("secret").write_text("mine")
+    runtime = notebooks.RUNTIME_DIR / str(uid)
+    device = Path(f"/tmp/fuse-{uid}")
+    os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(10, 229))
+    code = MOUNT.format(uid=uid, places=[f"{home}/course", str(home), str(runtime)])
+    process = subprocess.Popen(
+        ["/usr/bin/python3", "-c", code], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout and process.stdout.readline() == "mounted\n"
+        started = time.monotonic()
+        done = course.run("remove", "--yes", "--only", gone, timeout=120)
+        assert f"{gone}: account and home deleted" in done.stdout, done
+        assert time.monotonic() - started < 60
+    finally:
+        process.kill()
+        process.communicate()
+        device.unlink()
+        for place in (home, home, home / "course", runtime, runtime):
+            subprocess.run(["umount", "-l", place], capture_output=True)
+    assert not home.exists() and not runtime.exists()
+    assert not [x for x in home.parent.iterdir() if gone in x.name]
+    assert course.notebook(other).execute("6 * 7") == "42"
