@@ -11,9 +11,9 @@ retrieve  copies what the students made into the owner's storage
 remove    deletes the accounts that setup made, with their homes
 
 The course is described by an INI file (`notebooks.cfg`) and by a CSV file of students
-(`students.csv`). There is no other state: the CSV file is the user database, passwd and
-group say which accounts exist and which are whose course's (by a mark in their GECOS
-field), the process table and the listening sockets say what runs.
+(`students.csv`). There is no other state but the last uid that was given out: the CSV file
+is the user database, passwd and group say which accounts exist and which are whose course's
+(by a mark in their GECOS field), the process table and the listening sockets say what runs.
 
 In this file a *student* is a row of the list, an *account* an entry of passwd, and a
 *member* both together. Whatever happens in a student's home happens with that student's
@@ -39,7 +39,7 @@ message      from      to        descriptors        says
 Ready        helper    launcher  -                  it can do its work from now on
 ForkRequest  launcher  template  end of a channel   fork: an order comes through that
 ServerOrder  launcher  fork      listening socket,  run this student's server
-                                 terminal
+                                 end of a pipe
 Forked       fork      launcher  pidfd of the fork  it has taken the order
 Exited       template  launcher  -                  a fork's pid and its exit code
 Trial        fork      template  -                  how all extensions have started
@@ -64,7 +64,7 @@ launcher                          template              fork (root, then the stu
                                                         6 become_server  drops privileges
                                                         7 make_app       builds Jupyter
                                                         8 serve          prints its address
-9 watch_start     <-the address, through the terminal------ .
+9 watch_start     <-the address, through the pipe---------- .
                                                           move_output_to_log
   Server.wait_for_end  <-Exited-- report_exits
 
@@ -78,6 +78,7 @@ import argparse
 import array
 import asyncio
 import base64
+import bisect
 import codecs
 import collections
 import configparser
@@ -205,6 +206,13 @@ def explain_exit(code: int) -> str:
     return f"was ended by signal {-code} ({signal.strsignal(-code)}){hint}"
 
 
+class PrintableFormatter(logging.Formatter):
+    """Leaves out of each line what would steer a terminal, whoever has written it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
 def say(text: str) -> None:
     """Print a line for the teacher, above the status line if there is one."""
     with contextlib.suppress(OSError):
@@ -236,6 +244,12 @@ def progress(steps: Iterable[Value], total: int, label: str) -> Iterable[Value]:
 
     tqdm.monitor_interval = 0  # its thread would forbid to fork workers
     return tqdm(steps, label, total, leave=False, unit="student", file=sys.stderr)
+
+
+@functools.cache
+def full_host_name() -> str:
+    """Return this host's name, for which DNS is asked but once: it may not answer."""
+    return socket.getfqdn()
 
 
 def counted(number: int, noun: str) -> str:
@@ -294,9 +308,9 @@ HEARTBEAT_SECONDS = 1.0
 STUCK_SECONDS = 20.0  # without a sign of life
 STUCK = (
     "something of theirs does not answer, such as a FUSE file system; end all they run"
-    " (su NAME -s /bin/sh -c 'kill -KILL -1'), and try again"
+    " (notebooks.py shutdown --everything --only NAME), and try again"
 )
-LOCK_FILE = "/run/notebooks.lock"  # root's
+LOCK_DIR = Path("/run")  # of root's files, which no student can open and lock
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # what ends us: Ctrl-C and kill(1)
 
 
@@ -345,8 +359,22 @@ def run_program(argv: Sequence[str], text: str = "") -> str:
         words = done.stderr.strip() or f"exit status {done.returncode}"
         lines = [line.removeprefix(f"{argv[0]}: ") for line in words.splitlines()]
         lines = list(dict.fromkeys(lines))  # PAM says what is wrong at each try
-        raise Error(f"{argv[0]}: {' / '.join(lines[-4:])}")
+        raise Error(f"{argv[0]}: {' / '.join(lines[-4:])}{lock_holders()}")
     return done.stdout
+
+
+def lock_holders() -> str:
+    """Say which processes keep account files locked, such as a chfn(1) that was stopped.
+
+    Source: lckpwdf(3), and shadow's own files, which hold a pid.
+    """
+    holders = ""
+    for path in Path("/etc").glob("*.lock"):
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(path.read_text().strip("\0\n "))
+            name = printable(Path(f"/proc/{pid}/comm").read_text().strip())
+            holders += f"; pid {pid} ({name}) holds {path}: `kill -KILL {pid}` ends it"
+    return holders
 
 
 @contextlib.contextmanager
@@ -357,56 +385,44 @@ def closing(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def lock_file(path: Path) -> int:
-    """Return a descriptor that holds the lock of a file, or raise BusyError.
-
-    The lock is on the file (which students cannot open), not on its directory.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise BusyError(
-            f"{path}: another notebooks.py works with it; wait until that is done"
-        ) from None
-
-    # Who held it before may have put another file in its place.
-    if os.path.samestat(os.fstat(fd), os.stat(path)):
-        return fd
-    os.close(fd)
-    return lock_file(path)
-
-
 @contextlib.contextmanager
-def host_locked() -> Iterator[None]:
-    """Wait until no other course's command changes accounts, and keep others waiting."""
-    with closing(os.open(LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+def locked(what: str, wait: bool) -> Iterator[None]:
+    """Hold a lock of this host against other notebooks.py; raises BusyError."""
+    fd = os.open(LOCK_DIR / f"{what}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with closing(fd):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise BusyError(
+                "another notebooks.py works with it; wait until that is done"
+            ) from None
         yield
 
 
+def host_locked() -> contextlib.AbstractContextManager[None]:
+    """Wait until no other course's command changes accounts, and keep others waiting."""
+    return locked("notebooks", wait=True)
+
+
 @uninterrupted()
-def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> int:
-    """Replace a file by one of mode 0600, and return a descriptor that locks it."""
+def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> None:
+    """Replace a file by one of mode 0600."""
     try:
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
 
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            os.fchown(fd, uid, gid)
-            with open(fd, "wb", closefd=False) as file:
+            with open(fd, "wb") as file:
+                os.fchown(fd, uid, gid)
                 file.write(data)
-            os.fsync(fd)
+                file.flush()
+                os.fsync(fd)
             os.rename(temporary, path)
         except BaseException:
-            os.close(fd)
             os.unlink(temporary)
             raise
     except OSError as error:
         error.filename = str(path)  # nobody knows the temporary file's name
         raise
-    return fd
 
 
 # == Tools: messages =======================================================================
@@ -725,6 +741,7 @@ def with_upstream(ours: Any, **values: object) -> Any:
 # names the configuration files of the courses that have the account, its owner's first.
 # That of version 1.0.0 names none.
 MARK = "notebooks.py"
+UID_FILE = Path("/var/lib/misc/notebooks.uid")  # the last one that setup has given out
 USERNAME = re.compile(r"[a-z_][a-z0-9_.-]{0,31}")  # 32: LOGIN_NAME_MAX of utmp(5)
 
 
@@ -738,7 +755,8 @@ def read_login_defs(key: str, default: int, base: int = 0) -> int:
 
 
 def find_account(key: str | int) -> pwd.struct_passwd | None:
-    with contextlib.suppress(KeyError):
+    # While it makes a KeyError, Python 3.11 loses a Ctrl-C.
+    with contextlib.suppress(KeyError), uninterrupted():
         return pwd.getpwnam(key) if isinstance(key, str) else pwd.getpwuid(key)
     return None
 
@@ -834,7 +852,7 @@ def is_home_of(account: pwd.struct_passwd) -> bool:
     """Say whether an account's home is there, a directory, and theirs."""
     try:
         info = os.stat(account.pw_dir)  # in a directory of root's: a link is root's
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):  # nothing else says that it is absent
         return False
     return stat.S_ISDIR(info.st_mode) and info.st_uid == account.pw_uid
 
@@ -1646,7 +1664,6 @@ class Roster:
     def __init__(self, path: Path) -> None:
         """Raises: UsageError for a file that cannot be read as CSV at all."""
         self.path = Path(os.path.realpath(path))
-        self.lock_fd = -1
         self.changes: dict[str, dict[str, str]] = {}
         self.made: dict[Student, str] = {}  # user names, of what rows were without
         self.load()
@@ -1778,19 +1795,34 @@ class Roster:
                 f"{self.path}: cannot be written: {error.strerror}; nothing was done"
             ) from None
 
+    @property
+    def lock_name(self) -> str:
+        """What its lock is called: the list itself may be readable after an upload."""
+        return f"notebooks-{hashlib.sha256(bytes(self.path)).hexdigest()[:16]}"
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the list against other notebooks.py, and read it again; raises BusyError."""
-        self.lock_fd = lock_file(self.path)
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.lock_name, wait=False))
+            except BusyError as error:
+                raise BusyError(f"{self.path}: {error}") from None
+
+            self.close_to_others()
             self.load()
             problems = list(self.problems())
             if problems:
                 raise UsageError("\n".join(problems))
             yield
-        finally:
-            os.close(self.lock_fd)
-            self.lock_fd = -1
+
+    def close_to_others(self) -> None:
+        """Have nobody else read it from now on: it has passwords."""
+        mode = stat.S_IMODE(self.path.stat().st_mode)
+        if mode & 0o077:
+            log.info("%s was open to others (mode %o): closed now", self.path, mode)
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                self.path.chmod(mode & 0o700)
 
     def save(self) -> None:
         """Replace the file, if it differs, by a private one of the same owner."""
@@ -1806,10 +1838,8 @@ class Roster:
         info = self.path.stat()
         if data == self.data and stat.S_IMODE(info.st_mode) == 0o600:
             return
-        with uninterrupted():  # or `locked` might close a descriptor for a second time
-            fd = replace_private_file(self.path, data, info.st_uid, info.st_gid)
-            os.close(self.lock_fd)  # of the file that is replaced
-            self.lock_fd, self.data = fd, data
+        replace_private_file(self.path, data, info.st_uid, info.st_gid)
+        self.data = data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1818,6 +1848,7 @@ class Options:
 
     yes: bool = False  # do not ask
     reset: bool = False  # send what has not changed, too
+    everything: bool = False  # shut down what is not Jupyter's, too
     only: frozenset[str] | None = None  # user names; None: all
 
 
@@ -2126,15 +2157,32 @@ def uid_options(home: Path) -> list[str]:
             f" && mv {home} NEW && mv OLD {home}`"
         )
 
-    left_over = set()
+    used = {account.pw_uid for account in pwd.getpwall()}
     for path in home.parent.iterdir():
         with contextlib.suppress(OSError):  # a file system of theirs, in their home
-            left_over.add(path.lstat().st_uid)
+            used.add(path.lstat().st_uid)
+    return ["--uid", str(new_uid(uids, used))]
 
-    if all(map(find_account, left_over)):
-        return []  # useradd knows best
-    free = (uid for uid in uids if uid not in left_over and not find_account(uid))
-    return ["--uid", str(next(free, uids[-1]))]
+
+def new_uid(uids: Sequence[int], used: Collection[int]) -> int:
+    """Return a uid that nobody had before, and remember that it was given out.
+
+    What somebody with that uid has left, such as a program with its setuid bit in the home
+    of a friend, would be as the new one. Raises: Error.
+    """
+    mark = max((uid for uid in used if uid in uids), default=0)  # as useradd does
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        mark = int(UID_FILE.read_text())
+    free = (uid for uid in [*uids[bisect.bisect(uids, mark) :], *uids] if uid not in used)
+    uid = next((uid for uid in free if not find_account(uid)), None)
+    if uid is None:
+        raise Error("all uids of this host are used: see UID_MAX in /etc/login.defs")
+    if uid < mark:
+        log.warning("uid %d: somebody may have had it before; raise UID_MAX", uid)
+
+    UID_FILE.parent.mkdir(parents=True, exist_ok=True)
+    replace_private_file(UID_FILE, str(max(uid, mark)).encode(), 0, 0)
+    return uid
 
 
 def gid_options(username: str) -> list[str]:
@@ -3339,6 +3387,8 @@ SERVER_NAME = SERVER_TITLE[:15]  # as much of it as `read_name` returns
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 10.0  # how long processes that keep forking are fought
 MAX_ARGV_BYTES = 1 << 14
+MAX_MOUNTS = 10_000  # of one student's, one over the other
+MAX_ARGUMENTS = 4000  # of a program: far from what execve(2) takes
 
 # Matches a NUL-separated command line that starts Jupyter, directly or as a Python script
 # or module. Our own servers are recognized by their title, and kernels of other languages
@@ -3350,6 +3400,13 @@ JUPYTER = re.compile(
 )
 CONNECTION_FILE = re.compile(rf"{re.escape(str(RUNTIME_DIR))}/\d+/kernel-.*\.json")
 
+# Where keyctl(2) is, by processor: <asm/unistd.h>. Of <linux/keyctl.h>:
+KEYCTL_JOIN_SESSION_KEYRING = 1
+KEYCTL_CLEAR = 7
+USER_KEYRINGS = (-4, -5)  # the user's, and that of sessions without one of their own
+SYS_KEYCTL = {"x86_64": 250, "i386": 288, "arm": 311, "powerpc64le": 271, "s390x": 280}
+SYS_KEYCTL |= {"mips64el": 5241, "aarch64": 219, "riscv64": 219, "loongarch64": 219}
+
 # Where every user may have files, and System V objects (sysvipc(7), ipcrm(1)).
 PUBLIC_DIRS = (
     *("/tmp", "/var/tmp", "/dev/shm", "/dev/mqueue", "/run/lock"),
@@ -3357,6 +3414,12 @@ PUBLIC_DIRS = (
 )
 MAIL_DIRS = ("/var/mail", "/var/spool/mail")
 IPC_KINDS = {"shm": "--shmem-id", "msg": "--queue-id", "sem": "--semaphore-id"}
+
+
+def keyctl_number() -> int | None:
+    """Return the number of the system call keyctl(2) for this interpreter, if known."""
+    multiarch = str(sysconfig.get_config_var("MULTIARCH") or "")
+    return SYS_KEYCTL.get(multiarch.partition("-")[0])
 
 
 def read_argv(pid: int) -> list[str]:
@@ -3383,11 +3446,18 @@ def is_jupyter(argv: Sequence[str]) -> bool:
     )
 
 
-def read_status(pid: int) -> tuple[int, bool]:
-    """Return the real uid of a process and whether it is alive.
+class Status(NamedTuple):
+    """Whose a process is, by its real uid and in every way, and if it is alive."""
 
-    A process whose first thread is dead may have others that live. Source: proc(5),
-    /proc/PID/status. Raises: ProcessLookupError.
+    uid: int
+    alive: bool
+    owners: frozenset[int]
+
+
+def read_status(pid: int) -> Status:
+    """Return what proc(5) says in /proc/PID/status; raises ProcessLookupError.
+
+    A process whose first thread is dead may have others that live.
     """
     try:
         text = Path(f"/proc/{pid}/status").read_text(errors="replace")
@@ -3395,17 +3465,21 @@ def read_status(pid: int) -> tuple[int, bool]:
         raise ProcessLookupError(pid) from None
 
     # Not by psutil: its patterns match a name that a process gave itself (`Uid: 0`).
-    fields = dict(re.findall(r"^(State|Uid|Threads):\t(\w+)", text, re.MULTILINE))
-    return int(fields["Uid"]), fields["State"] not in "ZX" or int(fields["Threads"]) > 1
+    fields = dict(re.findall(r"^(State|Uid|Threads):\t(.+)", text, re.MULTILINE))
+    uid, *others = map(int, fields["Uid"].split())
+    alive = fields["State"][0] not in "ZX" or int(fields["Threads"]) > 1
+    # Root acts as others for a moment; a setuid program of a friend's does so for good.
+    owners = {uid} if 0 in others else {uid, *others}
+    return Status(uid, alive, frozenset(owners))
 
 
 def processes_by_uid(uids: Iterable[int]) -> dict[int, list[psutil.Process]]:
-    """Return the processes that run under each real uid, without dead ones."""
+    """Return the processes that each uid owns, without dead ones."""
     found: dict[int, list[psutil.Process]] = {uid: [] for uid in uids}
     for pid in psutil.pids():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            uid, alive = read_status(pid)
-            if alive and uid in found:
+            status = read_status(pid)
+            for uid in status.owners & found.keys() if status.alive else ():
                 found[uid].append(psutil.Process(pid))
     return found
 
@@ -3471,7 +3545,7 @@ def signal_process(pid: int, uid: int, number: int) -> None:
         contextlib.suppress(ProcessLookupError),
         contextlib.closing(Process(pid)) as process,
     ):
-        if read_status(pid)[0] == uid:
+        if uid in read_status(pid).owners:
             process.send_signal(number)
 
 
@@ -3493,6 +3567,18 @@ def kill_everything(account: pwd.struct_passwd) -> None:
         for process in left:
             signal_process(process.pid, identity.uid, signal.SIGKILL)
         time.sleep(0.02)
+
+
+def forget_keys(identity: Identity) -> None:
+    """Clear the keyrings of a uid: keyctl(2), KEYCTL_CLEAR. They outlive its processes."""
+
+    def become_the_user_and_clear() -> None:
+        drop_privileges(identity)
+        for keyring in USER_KEYRINGS:
+            ctypes.CDLL(None).syscall(keyctl_number(), KEYCTL_CLEAR, keyring, 0, 0, 0)
+
+    if keyctl_number() is not None:
+        os.waitpid(fork_process(become_the_user_and_clear), 0)
 
 
 def kill_all_at_once(identity: Identity) -> bool:
@@ -3564,6 +3650,16 @@ def stop_jupyter(
     ]
 
 
+def end_everything(members: Sequence[Member], outcome: Outcome) -> list[Member]:
+    """Kill all that members run, whoever else has their account; return whose that is."""
+    for member in members:
+        with outcome.step(member.username):
+            if member.uid == invoking_account().pw_uid:
+                raise Error("is your own account: nothing was ended")
+            kill_everything(member.account)
+    return [member for member in members if member.username not in outcome.failures]
+
+
 def end_families(
     known: dict[int, set[int]], spared: Collection[int] = ()
 ) -> dict[int, list[psutil.Process]]:
@@ -3595,14 +3691,39 @@ def end_families(
 
 def end_account(account: pwd.struct_passwd) -> None:
     """End all that an account of ours runs, for good; raises Error if that fails."""
-    for _, mount, *_ in psutil.disk_partitions(all=True):
-        if Path(mount).is_relative_to(account.pw_dir):  # userdel would empty it
-            raise Error(f"something is mounted at {mount!r}; umount it, then remove again")
-
-    # Closed first, so that neither ssh nor cron start anything new.
+    # Closed first, so that neither ssh nor cron start anything new, and then killed: so
+    # nothing is mounted again.
     run_program(["usermod", "--expiredate", "1", "--", account.pw_name])
     Path("/var/spool/cron/crontabs", account.pw_name).unlink(missing_ok=True)
     kill_everything(account)
+    forget_keys(identity_of(account))
+    unmount_own(account)
+
+
+def unmount_own(account: pwd.struct_passwd) -> None:
+    """Take away what an account that runs nothing has mounted over its files, with FUSE.
+
+    What lies below would stay, under the name of the mount. Raises: Error for what only
+    root can have mounted: userdel would empty it.
+    """
+    places = account.pw_dir, runtime_dir_of(account)
+    for _ in range(MAX_MOUNTS):
+        mounts = psutil.disk_partitions(all=True)
+        inside = [
+            each
+            for each in mounts
+            if any(Path(each.mountpoint).is_relative_to(place) for place in places)
+        ]
+        if not inside:
+            return
+        # With the outermost goes what is mounted in it.
+        mount = min(inside, key=lambda each: len(each.mountpoint))
+        if not mount.fstype.startswith("fuse"):
+            where = repr(mount.mountpoint)
+            raise Error(f"something is mounted at {where}; umount it, then remove again")
+        options = ["--lazy", "--no-canonicalize", "--internal-only"]
+        run_program(["umount", *options, "--", mount.mountpoint])
+    raise Error("too much is mounted in their home; restart this host, then remove again")
 
 
 def remove_account(account: pwd.struct_passwd) -> None:
@@ -3647,14 +3768,17 @@ def delete_public_files(uids: Collection[int]) -> None:
         with contextlib.suppress(Error):  # a directory that has files of others
             delete_tree(Path(directory), "(", *owned, ")")
 
+    doomed: list[str] = []
     for kind, option in IPC_KINDS.items():
         lines = Path("/proc/sysvipc", kind).read_text().splitlines()
         names = lines[0].split()
         for line in lines[1:]:
             row = dict(zip(names, map(int, line.split()), strict=False))
             if row["uid"] in uids or row["cuid"] in uids:
-                with contextlib.suppress(Error):  # it has gone meanwhile
-                    run_program(["ipcrm", option, line.split()[1]])
+                doomed += [option, line.split()[1]]
+    for i in range(0, len(doomed), MAX_ARGUMENTS):
+        with contextlib.suppress(Error):  # one of them has gone meanwhile
+            run_program(["ipcrm", *doomed[i : i + MAX_ARGUMENTS]])
 
 
 # == Certificate ===========================================================================
@@ -3797,7 +3921,7 @@ def host_names(config: Config) -> list[str]:
     entries = itertools.chain(*psutil.net_if_addrs().values())
     addresses = {each.address for each in entries if each.family == socket.AF_INET}
     addresses |= {"127.0.0.1", "::1", *stable_ipv6_addresses()}
-    names = {socket.gethostname(), socket.getfqdn(), "localhost"}
+    names = {socket.gethostname(), full_host_name(), "localhost"}
 
     address = config.server_address.strip("[]").replace("{username}", "*")
     if address:
@@ -3831,7 +3955,7 @@ def make_certificate(path: Path, names: Sequence[str]) -> None:
     extension = f"subjectAltName={','.join(names)}"
     arguments = [str(CERTIFICATE_DAYS), title, constraints, extension]
     pem = run_program(["sh", "-c", MAKE_CERTIFICATE, "sh", *arguments])
-    os.close(replace_private_file(path, f"{extension}\n{pem}".encode(), 0, 0))
+    replace_private_file(path, f"{extension}\n{pem}".encode(), 0, 0)
 
 
 def ensure_certificate(config: Config) -> Certificate:
@@ -5196,14 +5320,11 @@ def end_file(name: str) -> Path:
 
 SERVER_LOG = ".notebooks.log"  # in the student's home
 IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
+STRANGER_BYTES = 1 << 14  # of the body of a request of who has not logged in
+STRANGER_SECONDS = 20.0  # in which it must have come
 NEVER_SECONDS = 100 * 365 * 24 * 3600
 MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
 OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score_adj
-
-# Where keyctl(2) joins a session keyring, by processor: <asm/unistd.h>.
-KEYCTL_JOIN_SESSION_KEYRING = 1
-SYS_KEYCTL = {"x86_64": 250, "i386": 288, "arm": 311, "powerpc64le": 271, "s390x": 280}
-SYS_KEYCTL |= {"mips64el": 5241, "aarch64": 219, "riscv64": 219, "loongarch64": 219}
 
 # What the menu *Save and export as* offers.
 EXPORTS = (
@@ -5462,12 +5583,6 @@ async def export_notebook(export_format: str, source: str) -> tuple[str, bytes]:
         return f"{Path(source).stem}.zip", Path(zipped).read_bytes()
 
 
-def keyctl_number() -> int | None:
-    """Return the number of the system call keyctl(2) for this interpreter, if known."""
-    multiarch = str(sysconfig.get_config_var("MULTIARCH") or "")
-    return SYS_KEYCTL.get(multiarch.partition("-")[0])
-
-
 def leave_session_keyring() -> None:
     """Join a new session keyring: the launcher's may hold the teacher's keys."""
     number = keyctl_number()
@@ -5487,10 +5602,10 @@ def become_server(
     fds: Sequence[int],
 ) -> None:
     """Become the student for good, and serve until SIGTERM. Step 6 of a start."""
-    listener_fd, terminal_fd = fds
-    with closing(terminal_fd):
-        for standard in (0, 1, 2):
-            os.dup2(terminal_fd, standard)
+    listener_fd, output_fd = fds
+    with closing(output_fd), closing(os.open(os.devnull, os.O_RDONLY)) as null_fd:
+        for fd, standard in ((null_fd, 0), (output_fd, 1), (output_fd, 2)):
+            os.dup2(fd, standard)
 
     # Nothing of the student's is read before the ids are dropped, and nothing can be done
     # with root's afterwards.
@@ -5597,13 +5712,11 @@ def serve(
     """Run the application on its listening socket, until SIGTERM or for long idle.
 
     Step 8 of a start. `app.start` prints the address, for which `watch_start` waits in the
-    launcher, and then runs the event loop, whose first callback leaves the terminal. The
+    launcher, and then runs the event loop, whose first callback leaves the pipe. The
     whole protocol of a start rests on this order: what is printed before goes to the
     launcher, as the reason if the start fails, and all of it to the log in the end.
     """
-    from tornado.httpserver import HTTPServer
-
-    server = HTTPServer(
+    server = with_upstream(NotebookHTTPServer, secret=app.cookie_secret)(
         app.web_app,
         ssl_options=certificate.context(),
         max_body_size=app.max_body_size,
@@ -5616,6 +5729,35 @@ def serve(
     app.io_loop.add_callback(take_certificates, server, control)
     app.io_loop.add_callback(move_output_to_log, said)
     app.start()
+
+
+class NotebookHTTPServer(Upstream):  # type: ignore[misc]
+    """Takes short requests alone of those who have not logged in, and not for long."""
+
+    upstream = "tornado.httpserver.HTTPServer"
+    secret: bytes  # which signs the cookie of a session
+
+    def start_request(self, server_conn: Any, request_conn: Any) -> Any:
+        delegate = super().start_request(server_conn, request_conn)
+        received = delegate.headers_received
+
+        def headers_received(start_line: Any, headers: Any) -> Any:
+            if not self.has_session(headers.get("Cookie", "")):
+                request_conn.set_max_body_size(STRANGER_BYTES)
+                request_conn.set_body_timeout(STRANGER_SECONDS)
+            return received(start_line, headers)
+
+        delegate.headers_received = headers_received
+        return delegate
+
+    def has_session(self, cookies: str) -> bool:
+        """Say whether any of these cookies is one of ours, in a header of a request."""
+        from tornado import httputil, web
+
+        return any(
+            web.decode_signed_value(self.secret, name, value)
+            for name, value in httputil.parse_cookie(cookies).items()
+        )
 
 
 async def take_certificates(server: Any, control: socket.socket) -> NoReturn:
@@ -5632,8 +5774,8 @@ async def take_certificates(server: Any, control: socket.socket) -> NoReturn:
 
 
 def move_output_to_log(said: StartOutput) -> None:
-    """Leave the launcher's terminal for a log in the home. Runs as: the student."""
-    # Nothing is flushed: the launcher may have closed the terminal already (EIO).
+    """Leave the launcher's pipe for a log in the home. Runs as: the student."""
+    # Nothing is flushed: the launcher may have closed the pipe already (EPIPE).
     log_fd = null_fd = os.open(os.devnull, os.O_RDWR)
     # A FIFO or a link in its place neither blocks nor leads away.
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW
@@ -6439,7 +6581,9 @@ def run_webserver(channel: Channel) -> None:
 # passwords of whoever visits it.
 
 LAUNCHER_TITLE = "notebooks.py: launcher of "  # the configuration file
+LAUNCHER_NAME = LAUNCHER_TITLE[:15]  # as much of it as `read_name` returns
 MAX_LOOKED_DESCRIPTORS = 1000  # of each process, or it takes long
+MAX_NAMESAKES = 20  # of a user's processes
 SYS_PIDFD_GETFD = 438  # the same on all architectures
 
 
@@ -6470,8 +6614,12 @@ def bind_port(port: int) -> socket.socket:
 Listeners = dict[int, list[tuple[int, int]]]
 
 
-def find_listeners() -> Listeners:
-    """Return who listens on which TCP port. Source: proc(5), /proc/net/tcp."""
+def find_listeners(name: str = "") -> Listeners:
+    """Return who listens on which TCP port, of processes of that name if it is given.
+
+    Students can give it to theirs: only a few of each user's are looked at. Source:
+    proc(5), /proc/net/tcp.
+    """
     ports = {}
     for path in Path("/proc/net").glob("tcp*"):
         for line in path.read_text().splitlines()[1:]:
@@ -6481,7 +6629,17 @@ def find_listeners() -> Listeners:
                 ports[f"socket:[{inode}]"] = int(address.rpartition(":")[2], 16)
 
     listeners: Listeners = {}
+    namesakes: collections.Counter[int] = collections.Counter()
     for pid in psutil.pids():
+        if name:
+            if read_name(pid) != name:
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                uid = read_status(pid)[0]
+                namesakes[uid] += 1
+                if namesakes[uid] > MAX_NAMESAKES:
+                    continue
+
         with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
             for entry in itertools.islice(entries, MAX_LOOKED_DESCRIPTORS):
                 with contextlib.suppress(OSError):
@@ -6491,9 +6649,9 @@ def find_listeners() -> Listeners:
     return listeners
 
 
-def describe_holder(listeners: Listeners, port: int) -> str:
+def describe_holder(port: int) -> str:
     """Name what holds a port."""
-    for pid, _ in listeners.get(port, ()):
+    for pid, _ in find_listeners().get(port, ()):
         with contextlib.suppress(ProcessLookupError, KeyError):
             user = pwd.getpwuid(read_status(pid)[0]).pw_name
             return f"{printable(read_name(pid))} (pid {pid}, user {user})"
@@ -6502,7 +6660,7 @@ def describe_holder(listeners: Listeners, port: int) -> str:
 
 def find_launcher(port: int) -> tuple[int, Path] | None:
     """Return pid and configuration file of the `launch` of root's that has a base port."""
-    for pid, _ in find_listeners().get(port, ()):
+    for pid, _ in find_listeners(LAUNCHER_NAME).get(port, ()):
         with contextlib.suppress(ProcessLookupError):
             # Root's first: a student could hold up who reads their command line.
             title = " ".join(read_argv(pid)) if read_status(pid)[0] == 0 else ""
@@ -6539,8 +6697,7 @@ def bind_base_port(config: Config) -> socket.socket:
             ) from None
 
         reason = os.strerror(error.errno or 0)
-        listeners = find_listeners()
-        holder = f"the launch of {found[1]}" if found else describe_holder(listeners, port)
+        holder = f"the launch of {found[1]}" if found else describe_holder(port)
         raise UsageError(
             f"port {port}: {reason}: {holder}; end that, or set another `port`"
         ) from None
@@ -6674,7 +6831,7 @@ class Server:
                 server = cls(member, other, bind_port(other))
                 log.warning(
                     "%s: port %d is held by %s; using %d: let it through the firewall",
-                    *(username, port, describe_holder(listeners, port), other),
+                    *(username, port, describe_holder(port), other),
                 )
                 return server
         raise Error("no port is free")
@@ -6772,17 +6929,18 @@ class Server:
         ensure_runtime_dir(account)
         order = server_order(context, self)
 
-        terminal_fd, slave_fd = os.openpty()
+        # Not a terminal, of which students can use up the host's: pty(7).
+        output_fd, write_fd = os.pipe()
         with contextlib.ExitStack() as failed:
-            failed.callback(os.close, terminal_fd)
-            with closing(slave_fd):
-                fds = [self.listener.fileno(), slave_fd]
+            failed.callback(os.close, output_fd)
+            with closing(write_fd):
+                fds = [self.listener.fileno(), write_fd]
                 process = await context.template.fork(order, fds)
 
-            failed.pop_all()  # `watch_start` closes the terminal
+            failed.pop_all()  # `watch_start` closes the pipe
             failed.callback(process.close)
             failed.callback(process.send_signal, signal.SIGKILL)
-            await watch_start(terminal_fd, order.url)
+            await watch_start(output_fd, order.url)
             failed.pop_all()
         if order.certificate != context.certificate:  # it has come meanwhile
             self.hand_over(context.certificate)
@@ -6822,7 +6980,7 @@ def visible_address(config: Config, prefix: str = "") -> str:
     """Return the host name of the web page or, with a prefix, of a student's server."""
     if config.server_address:
         return config.server_address.replace("{username}.", prefix)
-    name = socket.getfqdn()
+    name = full_host_name()
     return socket.gethostname() if name.startswith("localhost") else name
 
 
@@ -6861,15 +7019,14 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
     )
 
 
-async def watch_start(terminal_fd: int, url: str) -> None:
-    """Wait until a server names its address on its terminal, which is then closed.
+async def watch_start(output_fd: int, url: str) -> None:
+    """Wait until a server names its address in its output, which is then closed.
 
-    Step 9 of a start. The address is the last that a server prints there: see `serve`. The
-    terminal controls no session, so closing it sends nobody a SIGHUP. Raises: Error with
-    the last lines of its output.
+    Step 9 of a start. The address is the last that a server prints there: see `serve`.
+    Raises: Error with the last lines of its output.
     """
     spawn = fdpexpect.fdspawn(
-        terminal_fd, encoding="utf-8", codec_errors="replace", searchwindowsize=2000
+        output_fd, encoding="utf-8", codec_errors="replace", searchwindowsize=2000
     )
     outcomes: list[Any] = [re.compile(re.escape(url)), pexpect.EOF, pexpect.TIMEOUT]
     outcome = await spawn.expect(outcomes, timeout=START_SECONDS, async_=True)
@@ -6927,7 +7084,7 @@ class Launcher:
         """Hold a port for each member who can have a server; the list is locked."""
         outcome = Outcome()
         ports = assign_ports(course.roster.students, course.config.port)
-        listeners = find_listeners()
+        listeners = find_listeners(SERVER_NAME)
         servers = []
 
         for member in outcome.members(course.students):
@@ -7681,7 +7838,10 @@ def command_shutdown(course: Course) -> int:
     warn_of_strays(course)
     outcome = Outcome()
     members = find_members(course.students)
-    ended = stop_jupyter(course.config, members, outcome)
+    if course.options.everything:
+        ended = end_everything(members, outcome)
+    else:
+        ended = stop_jupyter(course.config, members, outcome)
 
     for member, _ in outcome.each(clear_runtime_dir, ended, "shutdown"):
         outcome.done(member.username, "shut down")
@@ -7739,7 +7899,8 @@ def retrieve_from(
         keep_as=KEPT_COPY,
         keep_all=True,
         limit=config.retrieve_limit,
-        wanted=config.is_wanted,
+        # Whoever runs git in the storage would run what a student's .git/config says.
+        wanted=lambda path: config.is_wanted(path) and path.name.lower() != ".git",
         mode=mode,
         dry_run=dry_run,
         uncounted=Path(config.shared_dir.name) if config.shared_dir else None,
@@ -7926,7 +8087,7 @@ def make_parser() -> argparse.ArgumentParser:
         text = str(command.__doc__).partition("\n")[0]
         example = f"Example: sudo notebooks.py {name} course.cfg"
         sub = commands.add_parser(name, help=text, description=text, epilog=example)
-        sub.set_defaults(yes=False, reset=False)
+        sub.set_defaults(yes=False, reset=False, everything=False)
         text = "configuration file (%(default)s)"
         sub.add_argument("config", nargs="?", type=Path, default="notebooks.cfg", help=text)
         text = "say more; -vv also which programs are run"
@@ -7936,6 +8097,9 @@ def make_parser() -> argparse.ArgumentParser:
         sub.add_argument("--only", type=parse_names, metavar="NAME[,NAME...]", help=text)
         if name in ("send", "remove"):
             sub.add_argument("--yes", action="store_true", help="do not ask")
+        if name == "shutdown":
+            text = "end all that they run, also by ssh and in other courses"
+            sub.add_argument("--everything", action="store_true", help=text)
         if name == "send":
             text = "replace changed files even if the material has not changed"
             sub.add_argument("--reset", action="store_true", help=text)
@@ -7966,7 +8130,8 @@ def run_command(arguments: Sequence[str]) -> int:
     if options.command == "launch" and not sys.flags.isolated:
         command = script_command(*arguments)
         os.execv(command[0], command)
-    wanted = Options(options.yes, options.reset, options.only)
+    fields = [field.name for field in dataclasses.fields(Options)]
+    wanted = Options(**{name: getattr(options, name) for name in fields})
     return COMMANDS[options.command](load_course(options.config, wanted))
 
 
@@ -7977,7 +8142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     ensure_standard_streams()
-    logging.basicConfig(format="notebooks.py: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("notebooks.py: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     if len(arguments) == 3 and arguments[0] in ROLES and arguments[1].isdigit():
         ROLES[arguments[0]](Channel(fileno=int(arguments[1])))
         return 0

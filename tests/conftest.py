@@ -29,6 +29,7 @@ import psutil
 import pytest
 from selenium.webdriver.remote.webdriver import WebDriver
 
+import notebooks
 import support
 
 CLONE_NEWNS = 0x00020000  # <linux/sched.h>
@@ -230,6 +231,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         print("\nERROR: the tests left processes:", *left, sep="\n    ")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         support.kill_all(leftover_processes, "what the tests left")
+
+
+@pytest.fixture(autouse=True)
+def lock_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Who is not root locks files of their own."""
+    if not IS_ROOT:
+        monkeypatch.setattr(notebooks, "LOCK_DIR", tmp_path)
 
 
 CourseMaker = Callable[..., support.Course]

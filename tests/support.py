@@ -50,6 +50,8 @@ from selenium.webdriver.remote.remote_connection import RemoteConnection
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
+import notebooks
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks.py"
 ENVIRONMENT = {
@@ -559,6 +561,7 @@ class Course:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+        notebooks.UID_FILE.unlink(missing_ok=True)  # or a long run uses up our numbers
 
     def configure(self, **settings: object) -> None:
         """Write the configuration with these settings added to the earlier ones."""
@@ -870,6 +873,11 @@ class Notebook:
 # ---------------------------------------------------------------------------------------
 # A browser
 # ---------------------------------------------------------------------------------------
+
+
+def held(course: Course) -> contextlib.AbstractContextManager[None]:
+    """Work with a course's list as another notebooks.py would."""
+    return notebooks.locked(notebooks.Roster(course.user_list).lock_name, wait=False)
 
 
 def environment_has(process: psutil.Process, name: str, value: str) -> bool:

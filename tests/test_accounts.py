@@ -273,7 +273,7 @@ def test_an_interrupted_setup_is_finished_by_the_next_one(
     made = [username for username in course.students if exists(username)]
     assert len(made) >= done
     if signum == signal.SIGINT:
-        assert process.returncode == 130 and "interrupted" in errors
+        assert process.returncode == 130 and "interrupted" in errors, errors
         assert all(password_works(x, promised[x]["sys-pass"]) for x in made)
     course.check("setup")
     assert course.rows() == promised

@@ -454,7 +454,7 @@ def test_what_holds_a_port_cannot_write_on_the_teachers_terminal(
 ) -> None:
     username, port = course.students[0], course.port + 5
     with squatter(username, port, "\033[2J\nforged") as process:
-        described = notebooks.describe_holder(notebooks.find_listeners(), port)
+        described = notebooks.describe_holder(port)
     assert described == f"?[2J?forged (pid {process.pid}, user {username})"
 
 

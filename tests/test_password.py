@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import contextlib
-import fcntl
 import http.client
 import socket
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from notebooks import NewPassword, Ready, Site, Webserver, phrase
-from support import Course, LogInRefused, Notebook, fetch, wait_until
+from support import Course, LogInRefused, Notebook, fetch, held, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -109,8 +108,7 @@ def test_who_does_not_know_the_old_password_changes_nothing(course: Course) -> N
 def test_while_the_list_is_in_use_a_student_has_to_wait(course: Course) -> None:
     username = course.students[1]
     old = course.rows()[username]["nb-pass"]
-    with course.user_list.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with held(course):
         page = ask(course, username, old, "a new password")
         assert "try again in a minute" in page
         assert str(course.directory) not in page
@@ -138,15 +136,13 @@ def test_another_course_of_a_student_goes_on(course: Course, tmp_path: Path) -> 
 
 def test_who_tries_passwords_does_not_lock_the_list(course: Course) -> None:
     username = course.students[1]
-    with course.user_list.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with held(course):
         page = ask(course, username, "a wrong password", "a new password")
     assert "The user name or the old password is wrong." in page
 
 
 def test_who_is_no_student_is_not_in_the_log(course: Course) -> None:
-    with course.user_list.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with held(course):
         page = ask(course, "eve\x1b]0;title\a", "", "a new password")
     assert "The user name or the old password is wrong." in page
     assert "eve" not in course.launches[0].output

@@ -1,6 +1,5 @@
 """Changes while `launch` runs: late students, students who left, new settings."""
 
-import fcntl
 import pwd
 import signal
 import ssl
@@ -19,6 +18,7 @@ from support import (
     LogInRefused,
     Notebook,
     fetch,
+    held,
     is_ours,
     make_certificate,
     wait_until,
@@ -123,8 +123,7 @@ def test_a_reload_waits_until_nobody_else_works_with_the_list(
     rows = course.rows()
     course.write_students(row for name, row in rows.items() if name != gone)
     before = launch.output
-    with course.user_list.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with held(course):
         launch.process.send_signal(signal.SIGHUP)
         time.sleep(2.5)
         assert course.servers(gone)

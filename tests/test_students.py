@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import fcntl
 import io
 import itertools
 import os
@@ -20,7 +19,7 @@ import pytest
 from coverage import Coverage
 
 import notebooks
-from support import Course, in_child
+from support import Course, held, in_child
 
 EXCEL = 'Klasse;Username;name;Notiz\r\n7b;{};Zoë;"sagt ""hallo"";\r\nund geht"\r\n'
 
@@ -49,10 +48,10 @@ def problems_of(directory: Path, data: str | bytes) -> list[str]:
 def save(students: notebooks.Roster) -> bytes:
     """Return what the file holds after it was written anew."""
     inode = students.path.stat().st_ino
-    students.path.chmod(0o644)  # a file that is right already would be left alone
-    held = students.document
+    before = students.document
     with students.locked():
-        students.document = held
+        students.path.chmod(0o644)  # a file that is right already would be left alone
+        students.document = before
         students.save()
     assert students.path.stat().st_ino != inode
     return students.path.read_bytes()
@@ -831,8 +830,7 @@ def test_a_command_does_not_wait_for_a_list_that_is_held(
     if command != "setup":
         course.check("setup")
     original = course.user_list.read_bytes()
-    with course.user_list.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with held(course):
         done = course.run(*command.split(), timeout=30)
     assert done.returncode == 2
     assert "another notebooks.py works with it" in done.stderr

@@ -1,0 +1,351 @@
+"""What students and strangers do to the host, to root's commands and to the teacher."""
+
+import contextlib
+import itertools
+import logging
+import os
+import platform
+import pwd
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import notebooks
+from conftest import CourseMaker
+from support import ROOT, wait_until
+
+pytestmark = pytest.mark.root
+
+
+AsStudent = Callable[[str, str], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def as_student() -> Iterator[AsStudent]:
+    """A function that runs Python code as a student, until the test ends."""
+    processes = []
+
+    def run(username: str, code: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            ["/usr/bin/python3", "-c", code],
+            user=username,
+            group=username,
+            extra_groups=[],
+            cwd="/",
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_no_text_of_ours_has_root_run_a_program_as_a_student() -> None:
+    """It could take root's terminal before it ends: pidfd_getfd(2)."""
+    for name in ("notebooks.py", "README.rst", "CONTRIBUTING.rst"):
+        text = (ROOT / name).read_text()
+        assert not re.search(r"\b(su|runuser|sudo -u|setpriv)\b[^\n]*(NAME|USERNAME)", text)
+
+
+def test_shutdown_ends_everything_if_it_is_told_to(
+    make_course: CourseMaker, as_student: AsStudent
+) -> None:
+    """Also what has stopped itself, hides as something else, or forks all the time."""
+    course = make_course(2)
+    course.check("setup")
+    first, other = course.students
+    bomb = (
+        "import os\nwhile True:\n    if os.fork() == 0: os.setsid()\n    else: os._exit(0)"
+    )
+    sleeps = [as_student(first, "import time; time.sleep(999)") for _ in range(3)]
+    sleeps[0].send_signal(signal.SIGSTOP)
+    as_student(first, bomb)
+    spared = as_student(other, "import time; time.sleep(999)")
+    said = course.check("shutdown", "--everything", "--only", first)
+    assert f"{first}: shut down" in said
+    uid = pwd.getpwnam(first).pw_uid
+    assert not notebooks.processes_by_uid([uid])[uid]
+    assert spared.poll() is None
+
+
+def test_shutdown_never_ends_the_teacher(
+    make_course: CourseMaker, as_student: AsStudent
+) -> None:
+    course = make_course(1)
+    (username,) = course.students
+    course.check("setup")
+    mine = as_student(username, "import time; time.sleep(999)")
+    account = pwd.getpwnam(username)
+    environment = {**os.environ, "SUDO_UID": str(account.pw_uid)}
+    done = course.run("shutdown", "--everything", env=environment)
+    assert done.returncode == 1 and "is your own account" in done.stderr
+    assert mine.poll() is None
+
+
+def test_who_keeps_the_account_files_locked_is_named(make_course: CourseMaker) -> None:
+    course = make_course(1)
+    lock = Path("/etc/passwd.lock")
+    holder = subprocess.Popen(["sleep", "999"])
+    lock.write_text(f"{holder.pid}\0")
+    try:
+        done = course.run("setup", timeout=120)
+    finally:
+        lock.unlink()
+        holder.kill()
+        holder.wait()
+    assert done.returncode == 1
+    assert (
+        f"pid {holder.pid} (sleep) holds {lock}: `kill -KILL {holder.pid}`" in done.stderr
+    )
+    course.check("setup")
+
+
+def test_a_student_cannot_hold_the_lock_of_a_list_that_was_uploaded(
+    make_course: CourseMaker, as_student: AsStudent
+) -> None:
+    course = make_course(1)
+    course.check("setup")
+    (username,) = course.students
+    course.user_list.chmod(0o644)
+    for directory in course.directory, *course.directory.parents:
+        if directory.is_relative_to("/tmp/") and directory != Path("/tmp"):
+            directory.chmod(directory.stat().st_mode | 0o011)
+    code = (
+        "import fcntl, time; f = open({!r}); fcntl.flock(f, fcntl.LOCK_EX); time.sleep(99)"
+    )
+    holder = as_student(username, code.format(str(course.user_list)))
+    wait_until(lambda: psutil.Process(holder.pid).open_files(), 10, "the student's lock")
+    course.check("send")
+    assert course.user_list.stat().st_mode & 0o777 == 0o600
+    for path in Path("/run").glob("notebooks*.lock"):
+        assert path.stat().st_mode & 0o777 == 0o600 and path.stat().st_uid == 0
+
+
+def test_git_finds_no_configuration_in_the_storage(make_course: CourseMaker) -> None:
+    course = make_course(1, ignore="")
+    course.check("setup")
+    (username,) = course.students
+    work, bait = course.home(username) / "course", course.directory / "bait"
+    for name in (".git", "sub/.git", "other/.GIT"):
+        subprocess.run(["git", "init", "-q", work / name.rpartition("/")[0]], check=True)
+        config = work / name / "config"
+        config.parent.mkdir(exist_ok=True)
+        config.write_text(f"[core]\n\tfsmonitor = touch {bait}\n")
+    (work / "kept.txt").write_text("kept")
+    subprocess.run(["chown", "-R", f"{username}:", work], check=True)
+    course.check("retrieve")
+    storage = course.storage / username
+    assert (storage / "kept.txt").exists()
+    assert not [path for path in storage.rglob("*") if path.name.lower() == ".git"]
+    for directory in (storage, storage / "sub", storage / "other"):
+        subprocess.run(["git", "status"], cwd=directory, capture_output=True)
+    assert not bait.exists()
+
+
+def test_what_strangers_write_steers_no_terminal(make_course: CourseMaker) -> None:
+    course = make_course(1, on_demand="yes")
+    course.check("setup")
+    launch = course.launch().wait_ready()
+    (username,) = course.students
+    home = course.home(username)
+    home.rename(home.with_name("gone"))  # so that its page is a 503
+    request = f"GET /{username}/\x9b31m HTTP/1.0\r\n\r\n"
+    with socket.create_connection(("localhost", course.port)) as plain:
+        context = course.context()
+        with context.wrap_socket(plain, server_hostname="localhost") as tls:
+            tls.sendall(request.encode("latin-1"))
+            assert b" 503 " in tls.recv(1000)
+    home.with_name("gone").rename(home)
+    wait_until(lambda: "is missing" in launch.output, 20, "the failed start")
+    assert not [each for each in launch.output if not each.isprintable() and each != "\n"]
+    record = logging.LogRecord("x", 40, "", 1, "a\x1b]0;b\a\x9b\nc", (), None)
+    formatter = notebooks.PrintableFormatter("%(message)s")
+    assert formatter.format(record) == "a?]0;b??\nc"
+
+
+def test_thousands_of_objects_are_deleted_by_few_programs(
+    make_course: CourseMaker, as_student: AsStudent
+) -> None:
+    course = make_course(1)
+    course.check("setup")
+    (username,) = course.students
+    code = "import ctypes\nfor _ in range(9000): ctypes.CDLL(None).semget(0, 1, 0o1600)"
+    as_student(username, code).wait(60)
+    uid = pwd.getpwnam(username).pw_uid
+
+    def count() -> int:
+        lines = Path("/proc/sysvipc/sem").read_text().splitlines()[1:]
+        return sum(int(line.split()[4]) == uid for line in lines)
+
+    assert count() == 9000
+    started = time.monotonic()
+    course.check("remove", "--yes")
+    assert count() == 0 and time.monotonic() - started < 60
+
+
+def test_a_stranger_fills_no_memory_of_a_server(make_course: CourseMaker) -> None:
+    """By log-ins whose bodies never end; who is logged in may send as much as ever."""
+    course = make_course(1)
+    course.check("setup")
+    course.launch().wait_ready()
+    (username,) = course.students
+    notebook = course.notebook(username)
+    server = course.server(username)
+    before = server.memory_full_info().uss
+    port = int(course.rows()[username]["port"])
+    stolen = "username-localhost=2|1:0|10:1|1:x|1:y|ab"
+    for cookie, kind in itertools.product(
+        ("", f"Cookie: {stolen}\r\n"),
+        ("Content-Length: 400000000", "Transfer-Encoding: chunked"),
+    ):
+        with (
+            socket.create_connection(("localhost", port)) as plain,
+            course.context().wrap_socket(plain, server_hostname="localhost") as tls,
+        ):
+            head = f"POST /{username}/login HTTP/1.1\r\nHost: localhost\r\n{cookie}{kind}"
+            tls.sendall(f"{head}\r\n\r\n".encode())
+            chunk = b"100000\r\n" + b"x" * (1 << 20) + b"\r\n"
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    tls.sendall(chunk)
+    assert server.memory_full_info().uss - before < 30 << 20
+    content = "x" * (20 << 20)
+    model = {"type": "file", "format": "text", "content": content}
+    notebook.api("PUT", "contents/large.txt", model)
+
+
+def test_a_server_starts_when_there_is_no_terminal_left(make_course: CourseMaker) -> None:
+    course = make_course(1, on_demand="yes")
+    course.check("setup")
+    course.launch().wait_ready()
+    limit = Path("/proc/sys/kernel/pty/max")
+    before = limit.read_text()
+    try:
+        limit.write_text(Path("/proc/sys/kernel/pty/nr").read_text())
+    except OSError:
+        pytest.skip("the number of terminals cannot be limited here")
+    try:
+        with pytest.raises(OSError):
+            os.openpty()
+        assert course.notebook(course.students[0]).execute("6 * 7") == "42"
+    finally:
+        limit.write_text(before)
+
+
+def test_nobody_gets_the_uid_that_another_student_had(make_course: CourseMaker) -> None:
+    course = make_course(3)
+    course.check("setup")
+    first = {pwd.getpwnam(username).pw_uid for username in course.students}
+    course.check("remove", "--yes")
+    course.check("setup")
+    second = {pwd.getpwnam(username).pw_uid for username in course.students}
+    assert len(first | second) == 6 and min(second) > max(first)
+    course.check("remove", "--yes", "--only", course.students[0])
+    course.check("setup")
+    assert pwd.getpwnam(course.students[0]).pw_uid > max(second)
+
+
+def test_remove_ends_what_has_a_uid_by_a_setuid_program(
+    make_course: CourseMaker, as_student: AsStudent
+) -> None:
+    """A friend's process that is the removed student in its effective uid alone."""
+    course = make_course(2)
+    course.check("setup")
+    gone, friend = course.students
+    uid = pwd.getpwnam(gone).pw_uid
+    program = course.home(friend) / "sleep"
+    shutil.copy("/usr/bin/sleep", program)
+    os.chown(program, uid, -1)
+    program.chmod(0o4755)
+    code = f"import os; os.execv({str(program)!r}, ['sleep', '999'])"
+    process = as_student(friend, code)
+    wait_until(lambda: psutil.Process(process.pid).uids().effective == uid, 10, "its uid")
+    spared = as_student(friend, "import time; time.sleep(999)")
+    course.check("remove", "--yes", "--only", gone)
+    assert process.wait(10) == -signal.SIGKILL
+    assert spared.poll() is None
+
+
+def test_remove_leaves_no_keys(make_course: CourseMaker, as_student: AsStudent) -> None:
+    course = make_course(1)
+    course.check("setup")
+    (username,) = course.students
+    uid = pwd.getpwnam(username).pw_uid
+    code = (
+        "import ctypes; libc = ctypes.CDLL(None); word = ctypes.c_char_p(b'secret')\n"
+        "libc.syscall(250, 1, 0); libc.syscall(250, 8, -4, -3)\n"  # a session, with theirs
+        "number = libc.syscall(248, b'user', b'mine', word, 6, -4)\n"
+        "assert number > 0\n"
+        "assert libc.syscall(250, 5, number, 0x3f3f3f3f) == 0"  # visible for all
+    )
+    if platform.machine() != "x86_64":
+        pytest.skip("the numbers of system calls are those of x86_64")
+    assert as_student(username, code).wait() == 0
+
+    def keys() -> list[str]:
+        lines = Path("/proc/keys").read_text().splitlines()
+        return [line for line in lines if line.split()[5] == str(uid) and "mine" in line]
+
+    assert keys()
+    course.check("remove", "--yes")
+    wait_until(lambda: not keys(), 10, "the end of its key")
+
+
+MOUNT = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+for place in {places!r}:
+    for _ in range(2):
+        fd = os.open("/tmp/fuse-{uid}", os.O_RDWR)
+        options = f"fd={{fd}},rootmode=40000,user_id={uid},group_id={uid}".encode()
+        if libc.mount(b"mine", place.encode(), b"fuse", 6, options):
+            sys.exit(os.strerror(ctypes.get_errno()))
+os.setresuid({uid}, {uid}, {uid})
+print("mounted", flush=True)
+time.sleep(999)  # and answers nothing
+"""
+
+
+def test_remove_takes_away_what_a_student_has_mounted(make_course: CourseMaker) -> None:
+    """Over the home, twice, in it and over the runtime directory; with all its files."""
+    course = make_course(2)
+    course.check("setup")
+    course.launch().wait_ready()
+    gone, other = course.students
+    account = pwd.getpwnam(gone)
+    uid, home = account.pw_uid, Path(account.pw_dir)
+    home.joinpath("secret").write_text("mine")
+    runtime = notebooks.RUNTIME_DIR / str(uid)
+    device = Path(f"/tmp/fuse-{uid}")
+    os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(10, 229))
+    code = MOUNT.format(uid=uid, places=[f"{home}/course", str(home), str(runtime)])
+    process = subprocess.Popen(
+        ["/usr/bin/python3", "-c", code], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout and process.stdout.readline() == "mounted\n"
+        started = time.monotonic()
+        done = course.run("remove", "--yes", "--only", gone, timeout=120)
+        assert f"{gone}: account and home deleted" in done.stdout, done
+        assert time.monotonic() - started < 60
+    finally:
+        process.kill()
+        process.communicate()
+        device.unlink()
+        for place in (home, home, home / "course", runtime, runtime):
+            subprocess.run(["umount", "-l", place], capture_output=True)
+    assert not home.exists() and not runtime.exists()
+    assert not [x for x in home.parent.iterdir() if gone in x.name]
+    assert course.notebook(other).execute("6 * 7") == "42"
