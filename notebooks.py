@@ -1056,7 +1056,8 @@ def parse_address(text: str) -> str:
     """Read a host name or address, in which {username} may stand for the student's."""
     if "{username}" in text and not text.startswith("{username}."):
         raise ValueError("must have {username}. at its beginning, if at all")
-    if text and not re.fullmatch(r"[\w.:\[\]-]+", text.replace("{username}", "u")):
+    name, literal = r"[\w-]+(\.[\w-]+)*(:\d+)?", r"\[?[\da-fA-F.]*:[\da-fA-F.:]+\]?"
+    if text and not re.fullmatch(f"{name}|{literal}", text.replace("{username}", "u")):
         raise ValueError("must be a host name alone, such as `lab.example.org`")
     if text.count(":") == 1:
         raise ValueError("must not have a port: that is the key `port`")
