@@ -6369,7 +6369,8 @@ async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> N
         (f"/{SOCKET_PATH}", with_upstream(PageSocketHandler, **tried)),
         (r"/(.*)", with_upstream(LandingHandler)),
     ]
-    application = web.Application(handlers, ask=ask)
+    # Each look at a notebook that is being started is answered with 503.
+    application = web.Application(handlers, ask=ask, log_function=lambda handler: None)
 
     def take(site: Site) -> None:
         pages = jinja2.Environment(autoescape=True)
