@@ -3960,7 +3960,8 @@ async function tell(isOpen, address) {
   }
   address.searchParams.set("failed", trouble.dataset.student);
   const answer = await fetch(address).then(each => each.text(), () => "");
-  if (answer === "network") trouble.querySelector(".certificate")?.remove();
+  const isNetwork = answer === "network", past = isNetwork ? ", .certificate" : "";
+  for (const words of document.querySelectorAll(`#checking${past}`)) words.remove();
   trouble.hidden = false;
 }
 if (trouble) {
@@ -3988,7 +3989,8 @@ TEMPLATES = {
  data-socket="{{ socket }}" data-student="{{ username }}">
 {% if trust %}<p class="certificate">{{ _("no_certificate") }}
 <a href="{{ trust }}" {{ any_host }}>{{ _("trust") }}</a></p>{% endif %}
-<p>{{ _("no_network", ports=ports) }}</p></div>{% endif %}
+<p>{% if trust %}<span class="certificate">{{ _("done_already") }}</span>
+{% endif %}{{ _("no_network", ports=ports) }}</p></div>{% endif %}
 </main><script>{{ script }}</script></body>
 </html>
 """,
@@ -4009,6 +4011,7 @@ TEMPLATES = {
     "wait.html": """{% extends "course.html" %}{% block head %}{% if target %}<noscript>
 <meta http-equiv="refresh" content="0; url={{ target }}"></noscript>{% endif %}
 {% endblock %}{% block body %}{% if target %}
+<p id="checking" role="status">{{ _("checking") }}</p>
 <p><a id="go" href="{{ target }}">{{ _("go") }}</a></p>{% endif %}{% endblock %}""",
     "password.html": """{% extends "course.html" %}{% block body %}
 {% if is_changed %}<p><a href="/">{{ _("to_page") }}</a></p>
@@ -4210,38 +4213,43 @@ pt = Continuar para o notebook
 ru = Перейти к блокноту
 ja = ノートブックに進む
 [no_certificate]
-en = Your browser does not trust the certificate of this host: notebooks may open, and say
-    “Connecting” for ever.
-de = Der Browser vertraut dem Zertifikat dieses Servers nicht: Notebooks öffnen sich
-    womöglich, bleiben aber bei „Connecting“ hängen.
-fr = Votre navigateur ne fait pas confiance au certificat de ce serveur : les notebooks
-    s’ouvriront peut-être, mais resteront bloqués sur « Connecting ».
-es = El navegador no confía en el certificado de este servidor: puede que los cuadernos se
-    abran, pero que se queden siempre en «Connecting».
-pt = O navegador não confia no certificado deste servidor: os notebooks podem até abrir, mas
-    ficar parados em “Connecting”.
-ru = Браузер не доверяет сертификату этого сервера: блокноты, возможно, откроются, но так и
-    останутся в состоянии «Connecting».
-ja = ブラウザーがこのサーバーの証明書を信頼していません。ノートブックが開いても、
-    「Connecting」のまま先に進まないことがあります。
+en = Perhaps your browser does not trust the certificate of this host: then notebooks open,
+    and say “Connecting” for ever.
+de = Vielleicht vertraut der Browser dem Zertifikat dieses Servers nicht: Dann öffnen sich
+    Notebooks zwar, bleiben aber bei „Connecting“ hängen.
+fr = Votre navigateur ne fait peut-être pas confiance au certificat de ce serveur : les
+    notebooks s’ouvrent alors, mais restent bloqués sur « Connecting ».
+es = Puede que el navegador no confíe en el certificado de este servidor: entonces los
+    cuadernos se abren, pero se quedan siempre en «Connecting».
+pt = Talvez o navegador não confie no certificado deste servidor: nesse caso os notebooks
+    abrem, mas ficam parados em “Connecting”.
+ru = Возможно, браузер не доверяет сертификату этого сервера: тогда блокноты откроются, но
+    так и останутся в состоянии «Connecting».
+ja = ブラウザーがこのサーバーの証明書を信頼していない可能性があります。その場合、
+    ノートブックは開いても、「Connecting」のまま先に進みません。
+[done_already]
+en = Done already?
+de = Schon erledigt?
+fr = C’est déjà fait ?
+es = ¿Ya está hecho?
+pt = Já fez isso?
+ru = Уже сделано?
+ja = すでに済んでいる場合：
 [no_network]
-en = If the certificate is trusted, it is the network that lets no WebSockets through. Ask
-    for WebSockets to this host, TCP ports {ports}, or take another network.
-de = Wenn dem Zertifikat vertraut wird, lässt das Netzwerk keine WebSockets durch. Abhilfe:
-    WebSockets zu diesem Server (TCP-Ports {ports}) freigeben lassen oder ein anderes
-    Netzwerk nehmen.
-fr = Si le certificat est approuvé, c’est le réseau qui bloque les WebSockets. Faites
-    autoriser les WebSockets vers ce serveur (ports TCP {ports}) ou changez de réseau.
-es = Si el certificado ya es de confianza, es la red la que bloquea los WebSockets.
-    Solución: pedir que se permitan hacia este servidor (puertos TCP {ports}) o usar otra
-    red.
-pt = Se o certificado já é de confiança, é a rede que bloqueia os WebSockets. Solução: pedir
-    que sejam permitidos para este servidor (portas TCP {ports}) ou usar outra rede.
-ru = Если сертификат уже доверенный, то WebSocket не пропускает сеть. Попросите разрешить
-    WebSocket к этому серверу (TCP-порты {ports}) или подключитесь к другой сети.
-ja = 証明書が信頼されている場合は、ネットワークがWebSocketを遮断しています。
-    このサーバーへのWebSocket（TCPポート {ports}）を許可してもらうか、
-    別のネットワークを使ってください。
+en = The network blocks connections that notebooks need. Try another one, or tell your
+    teacher: WebSockets to this host, TCP ports {ports}.
+de = Das Netzwerk blockiert Verbindungen, die Notebooks brauchen. Ein anderes versuchen oder
+    der Lehrkraft Bescheid geben: WebSockets zu diesem Server, TCP-Ports {ports}.
+fr = Le réseau bloque des connexions dont les notebooks ont besoin. Essayez-en un autre, ou
+    prévenez votre prof : WebSockets vers ce serveur, ports TCP {ports}.
+es = La red bloquea conexiones que necesitan los cuadernos. Pruebe otra red o avise a su
+    docente: WebSockets hacia este servidor, puertos TCP {ports}.
+pt = A rede bloqueia conexões de que os notebooks precisam. Tente outra rede ou avise quem
+    dá o curso: WebSockets para este servidor, portas TCP {ports}.
+ru = Сеть блокирует соединения, нужные блокнотам. Попробуйте другую сеть или сообщите
+    преподавателю: WebSocket к этому серверу, TCP-порты {ports}.
+ja = ノートブックに必要な通信がネットワークで遮断されています。別のネットワークを試すか、
+    先生に伝えてください：このサーバーへのWebSocket、TCPポート {ports}。
 [ends]
 en = The certificate of this page ends on {date}: tell your teacher.
 de = Das Zertifikat dieser Seite läuft am {date} ab: bitte der Lehrkraft Bescheid geben.
@@ -4470,7 +4478,7 @@ ru = Это не пароль этого блокнота. Не включён �
 ja = このノートブックのパスワードではありません。Caps Lockがオンに
     なっていませんか？下の名前は自分のものですか？
 [which]
-en = It asks for the password of the notebook, not for that of the account.
+en = Type the password of your notebook, not that of your account.
 de = Gefragt ist das Passwort des Notebooks, nicht das des Benutzerkontos.
 fr = C’est le mot de passe du notebook qui est demandé, pas celui du compte.
 es = Se pide la contraseña del cuaderno, no la de la cuenta.
@@ -4501,7 +4509,7 @@ ru = Сначала сохраните работу: новый пароль з�
 ja = 先に作業を保存してください。パスワードを変更すると、どこで開いていても、
     ノートブックとそのカーネルは終了します。新しいパスワードは10文字以上必要です。
 [old]
-en = Notebook password so far
+en = Old notebook password
 de = Bisheriges Passwort des Notebooks
 fr = Mot de passe actuel du notebook
 es = Contraseña actual del cuaderno
@@ -4525,8 +4533,8 @@ pt = Repetir a nova senha
 ru = Новый пароль ещё раз
 ja = 新しいパスワード（もう一度）
 [changed]
-en = Your password is changed. Log in with the new one: then open tabs can save, and they
-    compute once they are loaded again.
+en = Your password is changed. Log in with the new one: then open tabs can save. They run
+    code once they are loaded again.
 de = Das Passwort ist geändert. Nach dem Anmelden mit dem neuen lassen sich offene Tabs
     wieder speichern; sie rechnen wieder, sobald sie neu geladen sind.
 fr = Votre mot de passe est changé. Connectez-vous avec le nouveau : les onglets ouverts
@@ -6237,7 +6245,6 @@ class LandingHandler(PageHandler):
         if is_browser and not self.get_cookie(TRIED):
             await self.show(
                 "wait.html",
-                self.say("checking"),
                 target=address,
                 username=username,
                 socket=f"/{SOCKET_PATH}",
