@@ -3872,9 +3872,9 @@ def ensure_own_certificate(config: Config) -> Certificate:
 def renew_certificate(certificate: Certificate, names: Sequence[str]) -> Certificate:
     """Return our own certificate, or a new one if it lacks names or is about to end."""
     # Addresses that the host has lost do no harm; a name that it has gained is missed.
-    missing = [name for name in names if name not in certificate.names]
+    missing = [x.partition(":")[2] for x in names if x not in certificate.names]
     days = days_until(certificate.end())
-    again = "students who trust it have to install the new one, from /certificate"
+    again = f"students who trust it have to install the new one, from /{TRUST_PATH}"
     if missing or days < RENEWAL_DAYS:
         path, why = Path(certificate.path), ", ".join(missing) or "its age"
         log.warning("%s: made anew for %s; %s", path, why, again)
@@ -6317,9 +6317,9 @@ class PageSocketHandler(SocketHandler):
         if username in self.settings["site"].ports and (username, kind) not in self.told:
             self.told.add((username, kind))
             log.warning(
-                "%s: their browser opens no WebSocket, so no notebook connects: perhaps for"
-                " the %s, see /%s on the page",
-                *(username, kind, TRUST_PATH),
+                "%s: their browser opens no WebSocket, so no notebook connects: it may be"
+                " the %s; see Network and certificate in the README",
+                *(username, kind),
             )
 
 
@@ -6780,18 +6780,21 @@ class Server:
             self.hand_over(context.certificate)
         return process
 
-    def hand_over(self, certificate: Certificate) -> None:
-        """Have the process that runs serve with another certificate from now on."""
+    def hand_over(self, certificate: Certificate) -> bool:
+        """Give the process another certificate; one of an earlier version takes none."""
         try:
             with Channel(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
                 channel.setblocking(False)  # its student may have stopped it
                 channel.connect(str(CONTROL_DIR / str(self.port)))
                 channel.send_message(certificate, wait=False)
+        except FileNotFoundError:
+            return False
         except OSError as error:
             log.warning(
                 "%s: keeps the old certificate until its next start: %s",
                 *(self.username, explain(error)),
             )
+        return True
 
     def check_account(self) -> pwd.struct_passwd:
         """Return the account as it is now, perhaps months after launch; raises Error."""
@@ -7002,15 +7005,8 @@ class Launcher:
         running, config = self.count(ServerState.RUNNING), self.context.config
         say(f"{running} of {len(servers)} notebook servers run.")
         say(f"The firewall must let in TCP ports {self.context.ports}.")
-        page = f"https://{visible_address(config)}:{config.port}/"
-        certificate = self.context.certificate
-        say(
-            f"Fingerprint of the certificate (SHA-256): {fingerprint(certificate.chain[0])}"
-        )
-        if certificate.authority:
-            digest = fingerprint(certificate.authority)
-            say(f"Devices can install its authority from {page}{TRUST_PATH}: {digest}")
-        say(f"Ready: {page}")
+        self.say_fingerprints()
+        say(f"Ready: https://{visible_address(config)}:{config.port}/")
         self.announced = True
         release_memory()
 
@@ -7019,15 +7015,30 @@ class Launcher:
             self.reload_wanted.clear()
             await self.reload()
 
+    def say_fingerprints(self) -> None:
+        """Tell what browsers show of the certificate, and its page of the authority."""
+        certificate, config = self.context.certificate, self.context.config
+        served = fingerprint(certificate.chain[0])
+        say(f"Fingerprint of the certificate (SHA-256): {served}")
+        if certificate.authority:
+            page = f"https://{visible_address(config)}:{config.port}/{TRUST_PATH}"
+            digest = fingerprint(certificate.authority)
+            say(f"Fingerprint of its authority, to compare on {page}: {digest}")
+
     def count(self, state: ServerState) -> int:
         return sum(server.state is state for server in self.servers.values())
 
     def hand_over(self, certificate: Certificate) -> None:
         """Serve with a certificate from now on, on all ports."""
         self.context.certificate, self.end = certificate, certificate.end()
-        for server in self.servers.values():
-            if server.process:
-                server.hand_over(certificate)
+        running = [server for server in self.servers.values() if server.process]
+        kept = [each.username for each in running if not each.hand_over(certificate)]
+        if kept:
+            log.warning(
+                "they keep their certificate until `shutdown`, since an earlier version has"
+                " started them: %s",
+                ", ".join(kept),
+            )
 
     async def watch_certificate(self) -> NoReturn:
         """Look once a day if the certificate is another, or ends soon."""
@@ -7038,6 +7049,7 @@ class Launcher:
                 certificate = await asyncio.to_thread(look)
                 if certificate != self.context.certificate:
                     self.hand_over(certificate)
+                    self.say_fingerprints()
                     self.web.greet()
             except (Error, OSError) as error:
                 log.error("the certificate: %s", explain(error))
@@ -7105,6 +7117,7 @@ class Launcher:
         self.context.config = config
         if certificate != self.context.certificate:
             self.hand_over(certificate)
+            self.say_fingerprints()
         new = [server for server in self.servers.values() if not server.task]
         for server in new:
             server.start_tending(self.context)
