@@ -3935,10 +3935,11 @@ if (list) {
   const plain = text => text.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
   const shown = () => [...list.children].filter(row => !row.hidden);
   field.oninput = () => {
-    const wanted = plain(field.value.trim());
-    for (const row of list.children) row.hidden = !plain(row.textContent).includes(wanted);
+    const words = plain(field.value.trim()).split(/\s+/);
+    for (const row of list.children)
+      row.hidden = words.some(word => !plain(row.textContent).includes(word));
     document.getElementById("found").textContent =
-      wanted && `${shown().length} / ${list.children.length}`;
+      words[0] && `${shown().length} / ${list.children.length}`;
   };
   form.onsubmit = event => {
     if (shown().length === 1) {
@@ -7035,9 +7036,7 @@ class Launcher:
         kept = [each.username for each in running if not each.hand_over(certificate)]
         if kept:
             log.warning(
-                "they keep their certificate until `shutdown`, since an earlier version has"
-                " started them: %s",
-                ", ".join(kept),
+                "these notebooks keep their certificate until shutdown: %s", ", ".join(kept)
             )
 
     async def watch_certificate(self) -> NoReturn:

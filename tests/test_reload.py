@@ -212,8 +212,9 @@ def test_a_server_of_an_earlier_launch_gets_the_certificate_of_the_next(
         notebooks.CONTROL_DIR, str(int(course.rows()[course.students[1]]["port"]))
     ).unlink()
     later = course.launch().wait_ready()
-    words = f"since an earlier version has started them: {course.students[1]}\n"
-    assert later.output.count(words) == 1  # it has made no socket for certificates
+    # As one of an earlier version, which has made no socket for certificates.
+    words = f"keep their certificate until shutdown: {course.students[1]}\n"
+    assert later.output.count(words) == 1
     servers[1].resume()
     new = (course.directory / "notebooks.pem").read_text()
     port = int(course.rows()[course.students[0]]["port"])
