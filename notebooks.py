@@ -3909,7 +3909,7 @@ input, button { font: inherit; padding: .5rem .8rem; border: 1px solid #767676;
                 border-radius: .4rem; }
 input { width: 100%; box-sizing: border-box; color: inherit; background: inherit; }
 button { flex: 1 0 auto; background: #a8470b; border-color: #a8470b; color: #fff; }
-ul { list-style: none; padding: 0; }
+ul { list-style: none; padding: 0; } :root { color-scheme: light dark; }
 li a { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem;
        padding: .6rem .2rem; border-bottom: 1px solid #ddd; text-decoration: none; }
 li a:hover, li a:focus { background: #f6efe8; } code { color: #595959; }
