@@ -3904,7 +3904,7 @@ body { font: 1.1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 40rem;
        padding: 1rem; color: #222; background: #fff; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; } a { color: inherit; }
 form { display: flex; gap: .5rem; flex-wrap: wrap; align-items: end; margin: 1.5rem 0; }
-label { flex: 100 1 12rem; }
+label { flex: 100 1 12rem; } .column label { flex-basis: 100%; }
 input, button { font: inherit; padding: .5rem .8rem; border: 1px solid #767676;
                 border-radius: .4rem; }
 input { width: 100%; box-sizing: border-box; color: inherit; background: inherit; }
@@ -4017,7 +4017,7 @@ TEMPLATES = {
     "password.html": """{% extends "course.html" %}{% block body %}
 {% if is_changed %}<p><a href="/">{{ _("to_page") }}</a></p>
 {% else %}<p>{{ _("save_first") }}</p>
-<form method="post">
+<form class="column" method="post">
 <label>{{ _("username") }}<input name="username" value="{{ username }}" required
  autocapitalize="none" autocomplete="username" spellcheck="false"></label>
 {% for name, use in [("old", "current"), ("new", "new"), ("again", "new")] %}
