@@ -1074,7 +1074,8 @@ def parse_address(text: str) -> str:
     """Read a host name or address, in which {username} may stand for the student's."""
     if "{username}" in text and not text.startswith("{username}."):
         raise ValueError("must have {username}. at its beginning, if at all")
-    if text and not re.fullmatch(r"(?a)[\w.:\[\]-]+", text.replace("{username}", "u")):
+    name, literal = r"(?a:[\w-]+(\.[\w-]+)*(:\d+)?)", r"\[?[\da-fA-F.]*:[\da-fA-F.:]+\]?"
+    if text and not re.fullmatch(f"{name}|{literal}", text.replace("{username}", "u")):
         raise ValueError(
             "must be a host name alone, such as `lab.example.org`, and with other letters"
             " than a-z as browsers write it: `xn--...`"
@@ -4001,9 +4002,9 @@ def ensure_own_certificate(config: Config) -> Certificate:
 def renew_certificate(certificate: Certificate, names: Sequence[str]) -> Certificate:
     """Return our own certificate, or a new one if it lacks names or is about to end."""
     # Addresses that the host has lost do no harm; a name that it has gained is missed.
-    missing = [name for name in names if name not in certificate.names]
+    missing = [x.partition(":")[2] for x in names if x not in certificate.names]
     days = days_until(certificate.end())
-    again = "students who trust it have to install the new one, from /certificate"
+    again = f"students who trust it have to install the new one, from /{TRUST_PATH}"
     if missing or days < RENEWAL_DAYS:
         path, why = Path(certificate.path), ", ".join(missing) or "its age"
         log.warning("%s: made anew for %s; %s", path, why, again)
@@ -4033,12 +4034,12 @@ body { font: 1.1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 40rem;
        padding: 1rem; color: #222; background: #fff; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; } a { color: inherit; }
 form { display: flex; gap: .5rem; flex-wrap: wrap; align-items: end; margin: 1.5rem 0; }
-label { flex: 100 1 12rem; }
+label { flex: 100 1 12rem; } .column label { flex-basis: 100%; }
 input, button { font: inherit; padding: .5rem .8rem; border: 1px solid #767676;
                 border-radius: .4rem; }
 input { width: 100%; box-sizing: border-box; color: inherit; background: inherit; }
 button { flex: 1 0 auto; background: #a8470b; border-color: #a8470b; color: #fff; }
-ul { list-style: none; padding: 0; }
+ul { list-style: none; padding: 0; } :root { color-scheme: light dark; }
 li a { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem;
        padding: .6rem .2rem; border-bottom: 1px solid #ddd; text-decoration: none; }
 li a:hover, li a:focus { background: #f6efe8; } code { color: #595959; }
@@ -4064,10 +4065,11 @@ if (list) {
   const plain = text => text.normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
   const shown = () => [...list.children].filter(row => !row.hidden);
   field.oninput = () => {
-    const wanted = plain(field.value.trim());
-    for (const row of list.children) row.hidden = !plain(row.textContent).includes(wanted);
+    const words = plain(field.value.trim()).split(/\s+/);
+    for (const row of list.children)
+      row.hidden = words.some(word => !plain(row.textContent).includes(word));
     document.getElementById("found").textContent =
-      wanted && `${shown().length} / ${list.children.length}`;
+      words[0] && `${shown().length} / ${list.children.length}`;
   };
   form.onsubmit = event => {
     if (shown().length === 1) {
@@ -4089,7 +4091,8 @@ async function tell(isOpen, address) {
   }
   address.searchParams.set("failed", trouble.dataset.student);
   const answer = await fetch(address).then(each => each.text(), () => "");
-  if (answer === "network") trouble.querySelector(".certificate")?.remove();
+  const isNetwork = answer === "network", past = isNetwork ? ", .certificate" : "";
+  for (const words of document.querySelectorAll(`#checking${past}`)) words.remove();
   trouble.hidden = false;
 }
 if (trouble) {
@@ -4117,7 +4120,8 @@ TEMPLATES = {
  data-socket="{{ socket }}" data-student="{{ username }}">
 {% if trust %}<p class="certificate">{{ _("no_certificate") }}
 <a href="{{ trust }}" {{ any_host }}>{{ _("trust") }}</a></p>{% endif %}
-<p>{{ _("no_network", ports=ports) }}</p></div>{% endif %}
+<p>{% if trust %}<span class="certificate">{{ _("done_already") }}</span>
+{% endif %}{{ _("no_network", ports=ports) }}</p></div>{% endif %}
 </main><script>{{ script }}</script></body>
 </html>
 """,
@@ -4138,11 +4142,12 @@ TEMPLATES = {
     "wait.html": """{% extends "course.html" %}{% block head %}{% if target %}<noscript>
 <meta http-equiv="refresh" content="0; url={{ target }}"></noscript>{% endif %}
 {% endblock %}{% block body %}{% if target %}
+<p id="checking" role="status">{{ _("checking") }}</p>
 <p><a id="go" href="{{ target }}">{{ _("go") }}</a></p>{% endif %}{% endblock %}""",
     "password.html": """{% extends "course.html" %}{% block body %}
 {% if is_changed %}<p><a href="/">{{ _("to_page") }}</a></p>
 {% else %}<p>{{ _("save_first") }}</p>
-<form method="post">
+<form class="column" method="post">
 <label>{{ _("username") }}<input name="username" value="{{ username }}" required
  autocapitalize="none" autocomplete="username" spellcheck="false"></label>
 {% for name, use in [("old", "current"), ("new", "new"), ("again", "new")] %}
@@ -4343,38 +4348,43 @@ pt = Continuar para o notebook
 ru = Перейти к блокноту
 ja = ノートブックに進む
 [no_certificate]
-en = Your browser does not trust the certificate of this host: notebooks may open, and say
-    “Connecting” for ever.
-de = Der Browser vertraut dem Zertifikat dieses Servers nicht: Notebooks öffnen sich
-    womöglich, bleiben aber bei „Connecting“ hängen.
-fr = Votre navigateur ne fait pas confiance au certificat de ce serveur : les notebooks
-    s’ouvriront peut-être, mais resteront bloqués sur « Connecting ».
-es = El navegador no confía en el certificado de este servidor: puede que los cuadernos se
-    abran, pero que se queden siempre en «Connecting».
-pt = O navegador não confia no certificado deste servidor: os notebooks podem até abrir, mas
-    ficar parados em “Connecting”.
-ru = Браузер не доверяет сертификату этого сервера: блокноты, возможно, откроются, но так и
-    останутся в состоянии «Connecting».
-ja = ブラウザーがこのサーバーの証明書を信頼していません。ノートブックが開いても、
-    「Connecting」のまま先に進まないことがあります。
+en = Perhaps your browser does not trust the certificate of this host: then notebooks open,
+    and say “Connecting” for ever.
+de = Vielleicht vertraut der Browser dem Zertifikat dieses Servers nicht: Dann öffnen sich
+    Notebooks zwar, bleiben aber bei „Connecting“ hängen.
+fr = Votre navigateur ne fait peut-être pas confiance au certificat de ce serveur : les
+    notebooks s’ouvrent alors, mais restent bloqués sur « Connecting ».
+es = Puede que el navegador no confíe en el certificado de este servidor: entonces los
+    cuadernos se abren, pero se quedan siempre en «Connecting».
+pt = Talvez o navegador não confie no certificado deste servidor: nesse caso os notebooks
+    abrem, mas ficam parados em “Connecting”.
+ru = Возможно, браузер не доверяет сертификату этого сервера: тогда блокноты откроются, но
+    так и останутся в состоянии «Connecting».
+ja = ブラウザーがこのサーバーの証明書を信頼していない可能性があります。その場合、
+    ノートブックは開いても、「Connecting」のまま先に進みません。
+[done_already]
+en = Done already?
+de = Schon erledigt?
+fr = C’est déjà fait ?
+es = ¿Ya está hecho?
+pt = Já fez isso?
+ru = Уже сделано?
+ja = すでに済んでいる場合：
 [no_network]
-en = If the certificate is trusted, it is the network that lets no WebSockets through. Ask
-    for WebSockets to this host, TCP ports {ports}, or take another network.
-de = Wenn dem Zertifikat vertraut wird, lässt das Netzwerk keine WebSockets durch. Abhilfe:
-    WebSockets zu diesem Server (TCP-Ports {ports}) freigeben lassen oder ein anderes
-    Netzwerk nehmen.
-fr = Si le certificat est approuvé, c’est le réseau qui bloque les WebSockets. Faites
-    autoriser les WebSockets vers ce serveur (ports TCP {ports}) ou changez de réseau.
-es = Si el certificado ya es de confianza, es la red la que bloquea los WebSockets.
-    Solución: pedir que se permitan hacia este servidor (puertos TCP {ports}) o usar otra
-    red.
-pt = Se o certificado já é de confiança, é a rede que bloqueia os WebSockets. Solução: pedir
-    que sejam permitidos para este servidor (portas TCP {ports}) ou usar outra rede.
-ru = Если сертификат уже доверенный, то WebSocket не пропускает сеть. Попросите разрешить
-    WebSocket к этому серверу (TCP-порты {ports}) или подключитесь к другой сети.
-ja = 証明書が信頼されている場合は、ネットワークがWebSocketを遮断しています。
-    このサーバーへのWebSocket（TCPポート {ports}）を許可してもらうか、
-    別のネットワークを使ってください。
+en = The network blocks connections that notebooks need. Try another one, or tell your
+    teacher: WebSockets to this host, TCP ports {ports}.
+de = Das Netzwerk blockiert Verbindungen, die Notebooks brauchen. Ein anderes versuchen oder
+    der Lehrkraft Bescheid geben: WebSockets zu diesem Server, TCP-Ports {ports}.
+fr = Le réseau bloque des connexions dont les notebooks ont besoin. Essayez-en un autre, ou
+    prévenez votre prof : WebSockets vers ce serveur, ports TCP {ports}.
+es = La red bloquea conexiones que necesitan los cuadernos. Pruebe otra red o avise a su
+    docente: WebSockets hacia este servidor, puertos TCP {ports}.
+pt = A rede bloqueia conexões de que os notebooks precisam. Tente outra rede ou avise quem
+    dá o curso: WebSockets para este servidor, portas TCP {ports}.
+ru = Сеть блокирует соединения, нужные блокнотам. Попробуйте другую сеть или сообщите
+    преподавателю: WebSocket к этому серверу, TCP-порты {ports}.
+ja = ノートブックに必要な通信がネットワークで遮断されています。別のネットワークを試すか、
+    先生に伝えてください：このサーバーへのWebSocket、TCPポート {ports}。
 [ends]
 en = The certificate of this page ends on {date}: tell your teacher.
 de = Das Zertifikat dieser Seite läuft am {date} ab: bitte der Lehrkraft Bescheid geben.
@@ -4603,7 +4613,7 @@ ru = Это не пароль этого блокнота. Не включён �
 ja = このノートブックのパスワードではありません。Caps Lockがオンに
     なっていませんか？下の名前は自分のものですか？
 [which]
-en = It asks for the password of the notebook, not for that of the account.
+en = Type the password of your notebook, not that of your account.
 de = Gefragt ist das Passwort des Notebooks, nicht das des Benutzerkontos.
 fr = C’est le mot de passe du notebook qui est demandé, pas celui du compte.
 es = Se pide la contraseña del cuaderno, no la de la cuenta.
@@ -4634,7 +4644,7 @@ ru = Сначала сохраните работу: новый пароль з�
 ja = 先に作業を保存してください。パスワードを変更すると、どこで開いていても、
     ノートブックとそのカーネルは終了します。新しいパスワードは10文字以上必要です。
 [old]
-en = Notebook password so far
+en = Old notebook password
 de = Bisheriges Passwort des Notebooks
 fr = Mot de passe actuel du notebook
 es = Contraseña actual del cuaderno
@@ -4658,8 +4668,8 @@ pt = Repetir a nova senha
 ru = Новый пароль ещё раз
 ja = 新しいパスワード（もう一度）
 [changed]
-en = Your password is changed. Log in with the new one: then open tabs can save, and they
-    compute once they are loaded again.
+en = Your password is changed. Log in with the new one: then open tabs can save. They run
+    code once they are loaded again.
 de = Das Passwort ist geändert. Nach dem Anmelden mit dem neuen lassen sich offene Tabs
     wieder speichern; sie rechnen wieder, sobald sie neu geladen sind.
 fr = Votre mot de passe est changé. Connectez-vous avec le nouveau : les onglets ouverts
@@ -6389,7 +6399,6 @@ class LandingHandler(PageHandler):
         if is_browser and not self.get_cookie(TRIED):
             await self.show(
                 "wait.html",
-                self.say("checking"),
                 target=address,
                 username=username,
                 socket=f"/{SOCKET_PATH}",
@@ -6462,9 +6471,9 @@ class PageSocketHandler(SocketHandler):
         if username in self.settings["site"].ports and (username, kind) not in self.told:
             self.told.add((username, kind))
             log.warning(
-                "%s: their browser opens no WebSocket, so no notebook connects: perhaps for"
-                " the %s, see /%s on the page",
-                *(username, kind, TRUST_PATH),
+                "%s: their browser opens no WebSocket, so no notebook connects: it may be"
+                " the %s; see Network and certificate in the README",
+                *(username, kind),
             )
 
 
@@ -6521,7 +6530,8 @@ async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> N
         (f"/{SOCKET_PATH}", with_upstream(PageSocketHandler, **tried)),
         (r"/(.*)", with_upstream(LandingHandler)),
     ]
-    application = web.Application(handlers, ask=ask)
+    # Each look at a notebook that is being started is answered with 503.
+    application = web.Application(handlers, ask=ask, log_function=lambda handler: None)
 
     def take(site: Site) -> None:
         pages = jinja2.Environment(autoescape=True)
@@ -6946,18 +6956,21 @@ class Server:
             self.hand_over(context.certificate)
         return process
 
-    def hand_over(self, certificate: Certificate) -> None:
-        """Have the process that runs serve with another certificate from now on."""
+    def hand_over(self, certificate: Certificate) -> bool:
+        """Give the process another certificate; one of an earlier version takes none."""
         try:
             with Channel(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
                 channel.setblocking(False)  # its student may have stopped it
                 channel.connect(str(CONTROL_DIR / str(self.port)))
                 channel.send_message(certificate, wait=False)
+        except FileNotFoundError:
+            return False
         except OSError as error:
             log.warning(
                 "%s: keeps the old certificate until its next start: %s",
                 *(self.username, explain(error)),
             )
+        return True
 
     def check_account(self) -> pwd.struct_passwd:
         """Return the account as it is now, perhaps months after launch; raises Error."""
@@ -7167,15 +7180,8 @@ class Launcher:
         running, config = self.count(ServerState.RUNNING), self.context.config
         say(f"{running} of {len(servers)} notebook servers run.")
         say(f"The firewall must let in TCP ports {self.context.ports}.")
-        page = f"https://{visible_address(config)}:{config.port}/"
-        certificate = self.context.certificate
-        say(
-            f"Fingerprint of the certificate (SHA-256): {fingerprint(certificate.chain[0])}"
-        )
-        if certificate.authority:
-            digest = fingerprint(certificate.authority)
-            say(f"Devices can install its authority from {page}{TRUST_PATH}: {digest}")
-        say(f"Ready: {page}")
+        self.say_fingerprints()
+        say(f"Ready: https://{visible_address(config)}:{config.port}/")
         self.announced = True
         release_memory()
 
@@ -7184,15 +7190,28 @@ class Launcher:
             self.reload_wanted.clear()
             await self.reload()
 
+    def say_fingerprints(self) -> None:
+        """Tell what browsers show of the certificate, and its page of the authority."""
+        certificate, config = self.context.certificate, self.context.config
+        served = fingerprint(certificate.chain[0])
+        say(f"Fingerprint of the certificate (SHA-256): {served}")
+        if certificate.authority:
+            page = f"https://{visible_address(config)}:{config.port}/{TRUST_PATH}"
+            digest = fingerprint(certificate.authority)
+            say(f"Fingerprint of its authority, to compare on {page}: {digest}")
+
     def count(self, state: ServerState) -> int:
         return sum(server.state is state for server in self.servers.values())
 
     def hand_over(self, certificate: Certificate) -> None:
         """Serve with a certificate from now on, on all ports."""
         self.context.certificate, self.end = certificate, certificate.end()
-        for server in self.servers.values():
-            if server.process:
-                server.hand_over(certificate)
+        running = [server for server in self.servers.values() if server.process]
+        kept = [each.username for each in running if not each.hand_over(certificate)]
+        if kept:
+            log.warning(
+                "these notebooks keep their certificate until shutdown: %s", ", ".join(kept)
+            )
 
     async def watch_certificate(self) -> NoReturn:
         """Look once a day if the certificate is another, or ends soon."""
@@ -7203,6 +7222,7 @@ class Launcher:
                 certificate = await asyncio.to_thread(look)
                 if certificate != self.context.certificate:
                     self.hand_over(certificate)
+                    self.say_fingerprints()
                     self.web.greet()
             except (Error, OSError) as error:
                 log.error("the certificate: %s", explain(error))
@@ -7270,6 +7290,7 @@ class Launcher:
         self.context.config = config
         if certificate != self.context.certificate:
             self.hand_over(certificate)
+            self.say_fingerprints()
         new = [server for server in self.servers.values() if not server.task]
         for server in new:
             server.start_tending(self.context)

@@ -443,9 +443,10 @@ def port_ranges() -> Iterator[range]:
     """Return an iterator over ranges of ports of this test run, in turn and endlessly.
 
     A course may open its ports late: until then another must not have them. They lie
-    below those that the kernel gives to outgoing connections.
+    below those that the kernel gives to outgoing connections, and above 10080, the last
+    that browsers refuse: https://fetch.spec.whatwg.org/#bad-port.
     """
-    ports = claim("ports", (range(x, x + 1000) for x in range(10000, 32000, 1000)))
+    ports = claim("ports", (range(x, x + 1000) for x in range(11000, 32000, 1000)))
     return itertools.cycle(ports[i : i + 40] for i in range(0, 1000, 40))
 
 

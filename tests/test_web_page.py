@@ -26,7 +26,7 @@ from support import Course, Response, fetch, tls_context, wait_until
 HOSTILE = '<script>alert("1")</script> & Zoë'
 TITLE = "<i>R&D</i> {style} 100%"
 TAGS = "html head meta title style body main h1 p form label input button ul li a bdi code"
-TAGS += " div script"
+TAGS += " div script span"
 WHO = "notebooks-student"  # the page's cookie
 # The students' names. In paths {bo} and {zoe} stand for their user names.
 NAMES = {"bo": "", "zoe": HOSTILE}
