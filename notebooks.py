@@ -1679,6 +1679,7 @@ class Roster:
             ) from None
         except ValueError as error:
             raise UsageError(f"{self.path}: {error}") from None
+
         self.read_columns()
         self.rows: dict[str, Record] = {}
         for row in self.document.rows:
@@ -2827,6 +2828,7 @@ class TreeCopy:
                 if self.mode and not self.dry_run:
                     mode = os.fstat(destination_fd).st_mode
                     os.fchmod(destination_fd, stat.S_IMODE(mode) | self.mode)
+
             try:
                 self.copy_directory(source_fd, destination_fd, Path())
             finally:
@@ -3708,6 +3710,7 @@ def unmount_own(account: pwd.struct_passwd) -> None:
     root can have mounted: userdel would empty it.
     """
     places = account.pw_dir, runtime_dir_of(account)
+
     for _ in range(MAX_MOUNTS):
         mounts = psutil.disk_partitions(all=True)
         inside = [
@@ -5733,6 +5736,7 @@ def serve(
         max_buffer_size=app.max_buffer_size,
         idle_connection_timeout=IDLE_CONNECTION_SECONDS,
     )
+
     listener, control = listeners
     listener.setblocking(False)
     server.add_sockets([listener])
@@ -7633,6 +7637,7 @@ def link_shared(shared_dir: Path, config: Config, member: Member) -> int:
     """Make the link to the shared directory; return how many things it moved aside."""
     name, kept = shared_dir.name, 0
     tutorial = member.home, config.tutorial_dir.parts
+
     with (
         closing(open_directory(tutorial, member.identity, create=True)) as fd,
         acting_as(member.identity),
@@ -7665,6 +7670,7 @@ class MaterialLook(TreeCopy):
             return
         digest = self.digest_of(item.info, item.fd)  # kept, for the copies
         self.originals[self.directory.name / item.path] = item.info.st_size, digest
+
         if item.path.suffix == ".ipynb":
             with contextlib.suppress(ValueError, AttributeError, RecursionError):
                 notebook = json.loads(os.pread(item.fd, MAX_NOTEBOOK_BYTES, 0))
