@@ -574,8 +574,11 @@ def secrets_in(process: psutil.Process, course: Course) -> set[tuple[str, str]]:
     return found
 
 
-def test_no_memory_holds_the_secrets_of_another_student(running: Running) -> None:
-    course, launch = running.course, running.launch
+def test_no_memory_holds_the_secrets_of_another_student(make_course: CourseMaker) -> None:
+    """In a course in which nobody has typed a password at somebody else's server."""
+    course = make_course(3)
+    course.check("setup")
+    launch = course.launch().wait_ready()
     for username in course.students:
         course.notebook(username)  # after their log-in
     for username in course.students:
