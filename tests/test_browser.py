@@ -11,6 +11,7 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
 from conftest import CourseMaker
+from notebooks import phrase
 from support import (
     chromium,
     computes,
@@ -115,7 +116,7 @@ def test_the_log_in_page_says_whose_notebook_it_is_and_leads_back(
         use(phone, "code", username)
         use(phone, "h1", "Physics <b>& more")
         assert phone.title == "Physics <b>& more"
-        use(phone, "body", "the password of the notebook, not for that of the account")
+        use(phone, "body", phrase("en", "which"))
         assert fits(phone)
         use(phone, "a", "Not yours?", WebElement.click)
         wait_until(lambda: phone.current_url == course.url, 30, "the landing page")
@@ -123,7 +124,7 @@ def test_the_log_in_page_says_whose_notebook_it_is_and_leads_back(
         phone.get(course.notebook_url(username) + "tree?at=home")
         sys_pass = course.rows()[username]["sys-pass"]
         use(phone, "input[type=password]", "", write(sys_pass, Keys.ENTER))
-        use(phone, "[role=alert]", "That was not the password")
+        use(phone, "[role=alert]", phrase("en", "wrong"))
         assert fits(phone)
         log_in(phone, course, username)
         wait_until(lambda: "tree?at=home" in phone.current_url, 30, "what was wanted")
