@@ -4201,6 +4201,20 @@ SYSTEMS = (
 )
 
 
+class SharedBytecode(Upstream):  # type: ignore[misc]
+    """Has what was compiled at the rehearsal of a start, for the templates of forks."""
+
+    upstream = "jinja2.BytecodeCache"
+    compiled: dict[str, bytes] = {}  # of this process
+
+    def load_bytecode(self, bucket: Any) -> None:
+        if bucket.key in self.compiled:
+            bucket.bytecode_from_string(self.compiled[bucket.key])
+
+    def dump_bytecode(self, bucket: Any) -> None:
+        self.compiled[bucket.key] = bucket.bytecode_to_string()
+
+
 def add_pages(environment: Any, language: str, **values: object) -> None:
     """Give an environment of Jinja's our pages, in a language, before its own."""
     from jinja2 import ChoiceLoader, DictLoader
@@ -4208,6 +4222,7 @@ def add_pages(environment: Any, language: str, **values: object) -> None:
 
     own = [environment.loader] if environment.loader else []
     environment.loader = ChoiceLoader([DictLoader(TEMPLATES), *own])
+    environment.bytecode_cache = with_upstream(SharedBytecode)()
     environment.globals |= {
         "_": functools.partial(phrase, language),
         "language": language,
