@@ -370,10 +370,13 @@ def lock_holders() -> str:
     """
     holders = ""
     for path in Path("/etc").glob("*.lock"):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, psutil.Error):
             pid = int(path.read_text().strip("\0\n "))
             name = printable(Path(f"/proc/{pid}/comm").read_text().strip())
-            holders += f"; pid {pid} ({name}) holds {path}: `kill -KILL {pid}` ends it"
+            # To kill one that works might leave half a file.
+            is_stopped = psutil.Process(pid).status() == psutil.STATUS_STOPPED
+            hint = f"`kill -KILL {pid}` ends it" if is_stopped else "wait for its end"
+            holders += f"; pid {pid} ({name}) holds {path}: {hint}"
     return holders
 
 
@@ -3722,7 +3725,10 @@ def unmount_own(account: pwd.struct_passwd) -> None:
             return
         # With the outermost goes what is mounted in it.
         mount = min(inside, key=lambda each: len(each.mountpoint))
-        if not mount.fstype.startswith("fuse"):
+        is_own = mount.fstype.startswith("fuse") and "user_id=0" not in mount.opts.split(
+            ","
+        )
+        if not is_own:
             where = repr(mount.mountpoint)
             raise Error(f"something is mounted at {where}; umount it, then remove again")
         options = ["--lazy", "--no-canonicalize", "--internal-only"]
@@ -3962,10 +3968,10 @@ def make_certificate(path: Path, names: Sequence[str]) -> None:
     replace_private_file(path, f"{extension}\n{pem}".encode(), 0, 0)
 
 
-def ensure_certificate(config: Config) -> Certificate:
-    """Return the configured certificate, or our own; raises UsageError."""
+def ensure_certificate(config: Config, names: Sequence[str] = ()) -> Certificate:
+    """Return the configured certificate, or our own for these or all names; UsageError."""
     if not config.cert_file:
-        return ensure_own_certificate(config)
+        return ensure_own_certificate(config, names or host_names(config))
 
     certificate = read_certificate(config.cert_file, config.key_file or config.cert_file)
     days = days_until(certificate.end())
@@ -3976,9 +3982,9 @@ def ensure_certificate(config: Config) -> Certificate:
     return certificate
 
 
-def ensure_own_certificate(config: Config) -> Certificate:
+def ensure_own_certificate(config: Config, names: Sequence[str]) -> Certificate:
     """Return our own certificate, or raise UsageError if somebody else's is there."""
-    path, names = config.path.with_name(CERTIFICATE_NAME), host_names(config)
+    path = config.path.with_name(CERTIFICATE_NAME)
     if not path.exists():
         make_certificate(path, names)
         return read_certificate(path, path)
@@ -7237,7 +7243,12 @@ class Launcher:
         while True:
             await asyncio.sleep(CERTIFICATE_LOOK_SECONDS)
             try:
-                look = functools.partial(ensure_certificate, self.context.config)
+                # An address that the host gains in a lesson is no reason for a new one,
+                # which students would have to install.
+                context = self.context
+                look = functools.partial(
+                    ensure_certificate, context.config, context.certificate.names
+                )
                 certificate = await asyncio.to_thread(look)
                 if certificate != self.context.certificate:
                     self.hand_over(certificate)
@@ -8054,7 +8065,10 @@ class HomeLook(TreeCopy):
         self.size += item.info.st_blocks * 512
         # What is hidden belongs to programs.
         is_work = not item.path.parts[0].startswith(".")
-        self.outside += is_work and not item.path.is_relative_to(self.tutorial_dir)
+        is_git = ".git" in map(str.lower, item.path.parts)
+        self.outside += is_work and (
+            is_git or not item.path.is_relative_to(self.tutorial_dir)
+        )
 
 
 def look_at_home(config: Config, member: Member) -> tuple[int, int, bool, str]:
@@ -8094,8 +8108,8 @@ def describe_homes(config: Config, members: Sequence[Member]) -> None:
     if config.archive_dir and members:
         say(f"Each home is packed into {config.archive_dir} before.")
     elif outside:
-        directory = config.tutorial_dir
-        say(f"Files outside ~/{directory}, never retrieved: {', '.join(sorted(outside))}.")
+        where = f"outside ~/{config.tutorial_dir}, or in .git"
+        say(f"Files that are never retrieved ({where}): {', '.join(sorted(outside))}.")
     for username, reason in looks.failures.items():
         say(f"{username}: their work could not be looked at: {reason}")
 

@@ -1,6 +1,7 @@
 """What students and strangers do to the host, to root's commands and to the teacher."""
 
 import contextlib
+import ctypes
 import itertools
 import logging
 import os
@@ -100,15 +101,17 @@ def test_who_keeps_the_account_files_locked_is_named(make_course: CourseMaker) -
     holder = subprocess.Popen(["sleep", "999"])
     lock.write_text(f"{holder.pid}\0")
     try:
+        busy = course.run("setup", timeout=120)
+        holder.send_signal(signal.SIGSTOP)
         done = course.run("setup", timeout=120)
     finally:
         lock.unlink()
         holder.kill()
         holder.wait()
-    assert done.returncode == 1
-    assert (
-        f"pid {holder.pid} (sleep) holds {lock}: `kill -KILL {holder.pid}`" in done.stderr
-    )
+    assert done.returncode == busy.returncode == 1
+    holds = f"pid {holder.pid} (sleep) holds {lock}: "
+    assert f"{holds}wait for its end" in busy.stderr
+    assert f"{holds}`kill -KILL {holder.pid}` ends it" in done.stderr
     course.check("setup")
 
 
@@ -152,6 +155,8 @@ def test_git_finds_no_configuration_in_the_storage(make_course: CourseMaker) -> 
     for directory in (storage, storage / "sub", storage / "other"):
         subprocess.run(["git", "status"], cwd=directory, capture_output=True)
     assert not bait.exists()
+    said = course.check("remove", "--yes")  # what it deletes was nowhere kept
+    assert re.search(rf"never retrieved \(.* in \.git\): {username} \(\d+\)", said)
 
 
 def test_what_strangers_write_steers_no_terminal(make_course: CourseMaker) -> None:
@@ -349,3 +354,24 @@ def test_remove_takes_away_what_a_student_has_mounted(make_course: CourseMaker) 
     assert not home.exists() and not runtime.exists()
     assert not [x for x in home.parent.iterdir() if gone in x.name]
     assert course.notebook(other).execute("6 * 7") == "42"
+
+
+def test_remove_leaves_what_root_has_mounted_in_a_home(make_course: CourseMaker) -> None:
+    """Also with FUSE, as a colleague's files by sshfs."""
+    course = make_course(1)
+    course.check("setup")
+    (username,) = course.students
+    place, device = course.home(username) / "course", Path(f"/tmp/fuse-{username}")
+    os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(10, 229))
+    fd = os.open(device, os.O_RDWR)
+    options = f"fd={fd},rootmode=40000,user_id=0,group_id=0".encode()
+    assert ctypes.CDLL(None).mount(b"root's", bytes(place), b"fuse", 6, options) == 0
+    try:
+        done = course.run("remove", "--yes", timeout=120)
+        assert done.returncode == 1
+        assert f"{username}: something is mounted at {str(place)!r}" in done.stderr
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+        os.close(fd)
+        device.unlink()
+    course.check("remove", "--yes")

@@ -342,6 +342,16 @@ def test_our_certificate_is_kept_until_the_names_change(
         caplog.clear()
 
 
+def test_an_address_that_comes_while_launch_runs_is_no_reason_for_another(
+    config: notebooks.Config,
+) -> None:
+    """Such as that of a container's network: students would have to trust anew."""
+    certificate = notebooks.ensure_certificate(config)
+    changed = dataclasses.replace(config, server_address="192.0.2.99")
+    assert notebooks.ensure_certificate(changed, certificate.names) == certificate
+    assert notebooks.ensure_certificate(changed) != certificate
+
+
 def test_our_certificate_is_made_anew_before_it_expires(
     config: notebooks.Config,
     caplog: pytest.LogCaptureFixture,

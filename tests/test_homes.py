@@ -200,7 +200,10 @@ def test_remove_says_how_many_files_no_retrieve_has_copied(course: Course) -> No
     worker, idle = course.students
     shell(worker, "mkdir -p project Desktop; touch project/a project/b Desktop/c .hidden")
     output = course.run("remove", stdin=subprocess.DEVNULL).stdout
-    assert f"Files outside ~/course, never retrieved: {worker} (3).\n" in output
+    assert (
+        f"Files that are never retrieved (outside ~/course, or in .git): {worker} (3).\n"
+        in output
+    )
     assert idle not in output
 
 
