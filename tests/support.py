@@ -1150,8 +1150,8 @@ class WebKit(Browser):
         super().visit(url)
 
     def warns(self) -> bool:
-        """The warning is the window's own: the page stays empty."""
-        return self.driver.current_url == "about:blank"
+        """The warning is the window's own: the page stays empty, whatever its address."""
+        return str(self.driver.execute_script("return document.URL")) == "about:blank"
 
     def go_on(self) -> None:
         self.lenient = True  # the button is out of the driver's reach

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from notebooks import NewPassword, Ready, Site, Webserver, phrase
-from support import Course, LogInRefused, Notebook, fetch, held, wait_until
+from support import Course, LogInRefused, Notebook, fetch, held, is_ours, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -57,7 +57,7 @@ def test_a_student_changes_their_own_password(course: Course) -> None:
     answer = ask(course, username, old, NEW)
     assert CHANGED in answer and "<form" not in answer and 'href="/"' in answer
     assert course.rows()[username]["nb-pass"] == NEW
-    assert not before.is_running()
+    assert not is_ours(before)
     assert not [x for x in course.processes() if x.username() == username]
     with pytest.raises(LogInRefused):
         Notebook(course.notebook_url(username), course.context()).log_in(old)
@@ -129,7 +129,7 @@ def test_another_course_of_a_student_goes_on(course: Course, tmp_path: Path) -> 
         before, theirs = course.server(username), other.server(username)
         old = course.rows()[username]["nb-pass"]
         assert CHANGED in ask(course, username, old, "another password")
-        assert not before.is_running()
+        assert not is_ours(before)
         assert other.server(username) == theirs
         assert notebook.execute("x") == "42"
 
