@@ -545,6 +545,39 @@ async def wait_readable(fd: int, seconds: float | None = None) -> None:
         loop.remove_reader(fd)
 
 
+class Strangers:
+    """The connections of those who have not logged in, of which there may be so many.
+
+    When there are more, the oldest ends, of the address from which most have come.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.sources: dict[socket.socket, str] = {}  # the oldest first
+
+    def admit(self, connection: socket.socket, address: str) -> None:
+        source = ipaddress.ip_address(address.partition("%")[0])
+        if source.version == 6:  # whoever has one address has all that begin like it
+            prefix = ipaddress.ip_network((source, 64), strict=False)
+            source = source.ipv4_mapped or prefix.network_address
+        self.sources[connection] = str(source)
+        if len(self.sources) <= self.most:
+            return
+
+        self.sources = {x: y for x, y in self.sources.items() if x.fileno() >= 0}
+        if len(self.sources) > self.most:
+            crowd, _ = collections.Counter(self.sources.values()).most_common(1)[0]
+            oldest = next(x for x, y in self.sources.items() if y == crowd)
+            self.forget(oldest)
+            with contextlib.suppress(OSError):  # it has just ended
+                # Whoever reads from it finds the end, and closes it; not that of TLS, for
+                # which an SSLSocket would be changed under its reader.
+                socket.socket.shutdown(oldest, socket.SHUT_RDWR)
+
+    def forget(self, connection: socket.socket) -> None:
+        self.sources.pop(connection, None)
+
+
 async def end_tasks(tasks: "Iterable[asyncio.Task[Any]]") -> None:
     """Cancel tasks until they have ended: `wait_for` of Python 3.11 may swallow it."""
     pending = set(tasks)
@@ -4094,7 +4127,8 @@ async function tell(isOpen, address) {
   if (isKnown) return;
   isKnown = true;
   if (isOpen) {
-    document.cookie = "notebooks-socket=1; path=/; max-age=43200; secure; samesite=lax";
+    const attributes = "path=/; max-age=43200; secure; samesite=lax";
+    document.cookie = `__Host-notebooks-socket=1; ${attributes}`;
     if (go) location.replace(go.href);
     return;
   }
@@ -4176,12 +4210,15 @@ TEMPLATES = {
     # Of Jupyter's: the page that it renders as log-in and as log-out.
     "login.html": """{% extends "course.html" %}
 {% set is_out = message and message.info %}
+{% set is_leaving = message and message.question %}
 {% block body %}
 {% if message and message.error %}<p class="message" role="alert">{{ _("wrong") }}</p>
 {% endif %}<h2>{{ _("logged_out" if is_out else "notebook_of") }}
 {% if order.name %}<bdi>{{ order.name }}</bdi>, {% endif %}<code>{{ order.username }}</code>
 </h2>
 {% if is_out %}<p><a href="{{ base_url }}login">{{ _("again_in") }}</a></p>
+{% elif is_leaving %}<form action="{{ base_url }}logout" method="post">
+{{ xsrf_form_html() | safe }}<button>{{ _("log_out") }}</button></form>
 {% else %}<form action="{{ base_url }}login?next={{ next }}" method="post">
 {{ xsrf_form_html() | safe }}
 <input name="username" value="{{ order.username }}" autocomplete="username" hidden>
@@ -4191,10 +4228,14 @@ TEMPLATES = {
 <p>{{ _("which") }} <a href="{{ order.page_url }}-password?username={{ order.username }}"
  {{ any_host }}>{{ _("change") }}</a></p>{% endif %}
 <p><a href="{{ order.page_url }}" {{ any_host }}>
-{{ _("to_page" if is_out else "not_yours") }}</a></p>
+{{ _("to_page" if is_out or is_leaving else "not_yours") }}</a></p>
 {% endblock %}""",
 }
 TEMPLATES["logout.html"] = TEMPLATES["login.html"]
+
+# With a certificate that devices know: they let nobody click a wrong one away, and know no
+# plain http on this host, on all its ports, for so many seconds. Source: RFC 6797.
+HSTS = "Strict-Transport-Security", f"max-age={7 * 24 * 3600}"
 
 # What the page of the certificate tells first to whom: by the browser's own words.
 SYSTEMS = (
@@ -4622,6 +4663,14 @@ es = Iniciar sesión
 pt = Entrar
 ru = Войти
 ja = ログイン
+[log_out]
+en = Log out
+de = Abmelden
+fr = Se déconnecter
+es = Cerrar sesión
+pt = Sair
+ru = Выйти
+ja = ログアウト
 [wrong]
 en = That was not the password of this notebook. Is the Caps Lock key on? Is the name below
     yours?
@@ -5356,6 +5405,8 @@ SERVER_LOG = ".notebooks.log"  # in the student's home
 IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
 STRANGER_BYTES = 1 << 14  # of the body of a request of who has not logged in
 STRANGER_SECONDS = 20.0  # in which it must have come
+MAX_STRANGERS = 100  # connections of those who have not logged in
+SESSION_DAYS = 30  # until a browser forgets a log-in, as Tornado has it
 NEVER_SECONDS = 100 * 365 * 24 * 3600
 MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
 OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score_adj
@@ -5461,6 +5512,9 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             f"{start_url.removesuffix('/tree')}/tree/{urllib.parse.quote(start_path)}"
         )
 
+    # JupyterLab's scripts read it, hence the name, and that it is not HttpOnly.
+    xsrf = {"path": f"/{order.username}/", "secure": True, "samesite": "Lax"}
+
     # These would follow JUPYTER_CONFIG_DIR, which is root's while the server starts.
     lab = {
         "user_settings_dir": str(config_dir / "lab/user-settings"),
@@ -5480,6 +5534,11 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "open_browser": False,
             "allow_remote_access": True,
             "cookie_secret": bytes.fromhex(order.cookie_secret),
+            "tornado_settings": {
+                "xsrf_cookie_kwargs": xsrf,
+                "headers": dict([] if order.certificate.names else [HSTS]),
+            },
+            "identity_provider_class": with_upstream(StudentIdentity, xsrf=xsrf),
             "terminado_settings": {
                 "shell_command": [*TERMINAL_SHELL, str(start_dir), account.pw_shell, "-l"]
             },
@@ -5490,7 +5549,12 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
             "kernel_websocket_connection_class": with_upstream(StudentTab),
             "shutdown_no_activity_timeout": order.idle_seconds,
         },
-        IdentityProvider={"token": ""},
+        IdentityProvider={
+            "token": "",
+            "cookie_name": f"__Secure-notebooks-{order.port}",
+            "cookie_options": {"samesite": "Lax"},
+            "logout_handler_class": with_upstream(LogoutHandler),
+        },
         PasswordIdentityProvider={
             "hashed_password": order.password,
             "password_required": True,
@@ -5532,6 +5596,62 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
         JupyterNotebookApp=lab,
         LabServerApp=lab,
     )
+
+
+class StudentIdentity(Upstream):  # type: ignore[misc]
+    """The password of a notebook; each session has its token against forged requests.
+
+    Cookies know no port: any page of this host can set some, also one of another student's
+    port. So the token that counts is not the one that a browser sends, but the session's.
+    No page of plain http can set a cookie whose name begins with `__Secure-` (RFC 6265bis,
+    4.1.3.1). `__Host-` would want the path `/`: what others show on their ports, through
+    jupyter-server-proxy, would then get the cookie.
+    """
+
+    upstream = "jupyter_server.auth.identity.PasswordIdentityProvider"
+    xsrf: dict[str, Any]  # attributes of the token's cookie
+
+    async def get_user(self, handler: Any) -> Any:
+        user = await super().get_user(handler)
+        if user:
+            self.set_token(handler, user)
+        return user
+
+    def set_login_cookie(self, handler: Any, user: Any) -> None:
+        super().set_login_cookie(handler, user)
+        self.set_token(handler, user)
+
+    def clear_login_cookie(self, handler: Any) -> None:
+        # Theirs has no `secure`, without which browsers let nobody touch a `__Secure-` one.
+        name = self.get_cookie_name(handler)
+        handler.clear_cookie(name, path=self.xsrf["path"], secure=True)
+
+    def set_token(self, handler: Any, user: Any) -> None:
+        """Have the request and the browser know the token of a session, and no other."""
+        # Each log-in makes a user name up. Tornado reads hexadecimal digits as a token.
+        secret = handler.settings["cookie_secret"]
+        token = hmac.digest(secret, f"token of {user.username}".encode(), "sha256").hex()
+        if handler.get_cookie("_xsrf") != token:
+            handler.request.cookies["_xsrf"] = token
+            handler.set_cookie("_xsrf", token, expires_days=SESSION_DAYS, **self.xsrf)
+
+
+class LogoutHandler(Upstream):  # type: ignore[misc]
+    """Logs out for pages of this notebook, such as JupyterLab's menu; asks all others."""
+
+    upstream = "jupyter_server.auth.logout.LogoutHandler"
+
+    def get(self) -> None:
+        # No script can write this header: Fetch Metadata Request Headers, W3C.
+        is_own = self.request.headers.get("Sec-Fetch-Site") == "same-origin"
+        if is_own or not self.current_user:
+            super().get()
+        else:
+            message = {"question": self.current_user.username}
+            self.write(self.render_template("logout.html", message=message))
+
+    def post(self) -> None:
+        super().get()
 
 
 def export_handlers(base_url: str) -> list[tuple[str, type]]:
@@ -5757,6 +5877,7 @@ def serve(
         max_buffer_size=app.max_buffer_size,
         idle_connection_timeout=IDLE_CONNECTION_SECONDS,
     )
+    server.strangers = Strangers(MAX_STRANGERS)
 
     listener, control = listeners
     listener.setblocking(False)
@@ -5771,13 +5892,20 @@ class NotebookHTTPServer(Upstream):  # type: ignore[misc]
 
     upstream = "tornado.httpserver.HTTPServer"
     secret: bytes  # which signs the cookie of a session
+    strangers: Strangers
+
+    def handle_stream(self, stream: Any, address: tuple[Any, ...]) -> None:
+        self.strangers.admit(stream.socket, address[0])
+        super().handle_stream(stream, address)
 
     def start_request(self, server_conn: Any, request_conn: Any) -> Any:
         delegate = super().start_request(server_conn, request_conn)
         received = delegate.headers_received
 
         def headers_received(start_line: Any, headers: Any) -> Any:
-            if not self.has_session(headers.get("Cookie", "")):
+            if self.has_session(headers.get("Cookie", "")):
+                self.strangers.forget(server_conn.stream.socket)
+            else:
                 request_conn.set_max_body_size(STRANGER_BYTES)
                 request_conn.set_body_timeout(STRANGER_SECONDS)
             return received(start_line, headers)
@@ -6229,13 +6357,16 @@ PAGE_SECONDS = 10.0  # in which a visitor must have made a request
 VISIT_SECONDS = 2.0  # for which the page waits for a notebook server
 TLS_HANDSHAKE = b"\x16"  # the first byte of a connection that opens one: RFC 8446
 COMMON = "user-redirect"  # begins addresses for everybody, as JupyterHub's do
-WHO = "notebooks-student"  # a cookie: whose notebook was opened last in this browser
+WHO = (
+    "__Secure-notebooks-student"  # a cookie: whose notebook was opened last in this browser
+)
 WHO_SECONDS = 180 * 24 * 3600
 QUERY_CHARACTERS = "/?:@!$&'()*+,;=%-._~[]"  # which stay as they are
 
+MAX_VISITORS = 1000  # connections: several for each student of a class
 MAX_WISHES = 30  # for a new password, which wait for their turn
 MAX_TRIED = 1000  # sockets whose numbers are known
-TRIED = "notebooks-socket"  # a cookie of the page's script: WebSockets come through
+TRIED = "__Host-notebooks-socket"  # a cookie of the page's script: WebSockets come through
 
 
 class Site(Message):
@@ -6334,6 +6465,8 @@ class PageHandler(Upstream):  # type: ignore[misc]
         self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Referrer-Policy", "no-referrer")
         self.set_header("Cache-Control", "no-store")
+        if not self.site.certificate.names:
+            self.set_header(*HSTS)
         self.clear_header("Server")
 
     def prepare(self) -> None:
@@ -6509,31 +6642,35 @@ def visited_host(request: Any) -> str:
     return host if plain else socket.gethostname()  # not by the DNS, which may be slow
 
 
-def first_byte_server(server: Any, settings: Mapping[str, Any]) -> Any:
-    """Return what takes connections for a server of HTTP, with TLS or without."""
-    from tornado import iostream, tcpserver
+async def serve_connection(
+    server: Any, strangers: Strangers, connection: socket.socket, address: tuple[Any, ...]
+) -> None:
+    """Serve a connection of HTTP, with TLS or without: its first byte tells."""
+    from tornado import iostream
 
-    class FirstByteServer(tcpserver.TCPServer):
-        async def handle_stream(
-            self, stream: iostream.IOStream, address: tuple[Any, ...]
-        ) -> None:
-            try:
-                await wait_readable(stream.socket.fileno(), PAGE_SECONDS)
-                if stream.socket.recv(1, socket.MSG_PEEK) == TLS_HANDSHAKE:
-                    handshake = stream.start_tls(True, settings["context"])
-                    stream = await asyncio.wait_for(handshake, PAGE_SECONDS)
-                server.handle_stream(stream, address)
-            except OSError:  # TimeoutError and StreamClosedError too
-                if stream.socket:  # else start_tls has it, and has closed it
-                    stream.close()
-
-    return FirstByteServer()
+    strangers.admit(connection, address[0])
+    stream: iostream.IOStream
+    try:
+        connection.setblocking(False)
+        await wait_readable(connection.fileno(), PAGE_SECONDS)
+        if connection.recv(1, socket.MSG_PEEK) == TLS_HANDSHAKE:
+            strangers.forget(connection)
+            connection = server.request_callback.settings["context"].wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+            strangers.admit(connection, address[0])
+            stream = iostream.SSLIOStream(connection)
+        else:
+            stream = iostream.IOStream(connection)
+        server.handle_stream(stream, address)
+    except OSError:  # TimeoutError too
+        connection.close()
 
 
 async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> None:
     """Serve the base port until the launcher is gone: TLS, or a redirect to it."""
     import jinja2
-    from tornado import httpserver, web
+    from tornado import httpserver, netutil, web
 
     turn, answers = asyncio.Lock(), asyncio.Queue[NewPassword]()
     places = asyncio.Semaphore(MAX_WISHES)
@@ -6578,7 +6715,15 @@ async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> N
     listener.setsockopt(
         socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(PAGE_SECONDS * 1000)
     )
-    first_byte_server(server, application.settings).add_socket(listener)
+    visit = functools.partial(serve_connection, server, Strangers(MAX_VISITORS))
+    tasks = set[asyncio.Task[None]]()
+
+    def accept(connection: socket.socket, address: tuple[Any, ...]) -> None:
+        task = asyncio.get_running_loop().create_task(visit(connection, address))
+        tasks.add(task)  # or it might be collected
+        task.add_done_callback(tasks.discard)
+
+    netutil.add_accept_handler(listener, accept)
     with contextlib.suppress(OSError):  # the launcher is gone: seen below
         channel.send_message(Ready())
 

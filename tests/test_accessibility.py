@@ -65,6 +65,9 @@ def test_the_pages_of_a_notebook_are_accessible(course: Course, browser: WebDriv
     log_in(browser, course, username)
     use(browser, ".jp-DirListing")
     browser.get(course.notebook_url(username) + "logout")
+    use(browser, "button", "Log out")
+    check_page(browser)
+    use(browser, "button", "Log out", WebElement.click)
     use(browser, "h2", "You have logged out")
     check_page(browser)
 

@@ -130,6 +130,7 @@ def test_the_log_in_page_says_whose_notebook_it_is_and_leads_back(
         wait_until(lambda: "tree?at=home" in phone.current_url, 30, "what was wanted")
 
         phone.get(course.notebook_url(username) + "logout")
+        use(phone, "button", phrase("en", "log_out"), WebElement.click)
         use(phone, "h2", "You have logged out of the notebook of")
         assert fits(phone)
         use(phone, "a", "Log in again", WebElement.click)

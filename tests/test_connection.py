@@ -132,7 +132,9 @@ def test_a_browser_is_tried_before_it_is_led_on(course: Course) -> None:
     assert f'<noscript>\n<meta http-equiv="refresh" content="0; url={notebook}tree/x">' in (
         first.text
     )
-    again = visit(course, f"{username}/tree/x", Cookie="notebooks-socket=1", **BROWSER)
+    again = visit(
+        course, f"{username}/tree/x", Cookie="__Host-notebooks-socket=1", **BROWSER
+    )
     assert again.headers["Location"] == f"{notebook}tree/x"
 
 

@@ -227,6 +227,6 @@ def test_the_check_of_websockets_is_content_with_a_proxy(
         socket.shutdown()  # type: ignore[no-untyped-call]
 
     browser.get(proxy.url)
-    wait_until(lambda: browser.get_cookie("notebooks-socket"), 20, "the answer")
+    wait_until(lambda: browser.get_cookie("__Host-notebooks-socket"), 20, "the answer")
     assert not browser.find_element(By.ID, "trouble").is_displayed()
     assert "opens no WebSocket" not in proxy.course.launches[0].output

@@ -27,7 +27,7 @@ HOSTILE = '<script>alert("1")</script> & Zoë'
 TITLE = "<i>R&D</i> {style} 100%"
 TAGS = "html head meta title style body main h1 p form label input button ul li a bdi code"
 TAGS += " div script span"
-WHO = "notebooks-student"  # the page's cookie
+WHO = "__Secure-notebooks-student"  # the page's cookie
 # The students' names. In paths {bo} and {zoe} stand for their user names.
 NAMES = {"bo": "", "zoe": HOSTILE}
 
