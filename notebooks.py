@@ -310,6 +310,10 @@ STUCK = (
     "something of theirs does not answer, such as a FUSE file system; end all they run"
     " (notebooks.py shutdown --everything --only NAME), and try again"
 )
+# Arguments: the new file, the one beside it, and what more the script needs.
+WRITE_FILE = 'umask 077; set -C; {} && exit; rm -f -- "$1"; exit 1'
+REPLACE_FILE = 'cat >"$1" && chown "$3" -- "$1" && sync -- "$1" && mv -T -- "$1" "$2"'
+TRY_FILE = ': >"$1" && rm -- "$1"'
 LOCK_DIR = Path("/run")  # of root's files, which no student can open and lock
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)  # what ends us: Ctrl-C and kill(1)
 
@@ -408,24 +412,40 @@ def host_locked() -> contextlib.AbstractContextManager[None]:
 
 
 @uninterrupted()
-def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> None:
-    """Replace a file by one of mode 0600."""
-    try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+def write_beside(path: Path, script: str, data: bytes, *arguments: str) -> None:
+    """Have a shell make a new file beside one, of mode 0600, and do something with it.
 
+    Whoever can read a directory can keep waiting for ever who writes there: getdents(2)
+    locks it, and may have to wait for memory that is a file of a FUSE file system. We wait
+    for the shell, and not for long. Raises: OSError, with the words of what has failed.
+    """
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    command = ["sh", "-c", WRITE_FILE.format(script), "sh", str(temporary), str(path)]
+    with (
+        closing(os.memfd_create("data")) as data_fd,
+        closing(os.memfd_create("words")) as words_fd,
+    ):
+        os.write(data_fd, data)
+        os.lseek(data_fd, 0, os.SEEK_SET)
+        root, streams = identity_of(pwd.getpwuid(0)), {"stdin": data_fd, "stderr": words_fd}
         try:
-            with open(fd, "wb") as file:
-                os.fchown(fd, uid, gid)
-                file.write(data)
-                file.flush()
-                os.fsync(fd)
-            os.rename(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        error.filename = str(path)  # nobody knows the temporary file's name
-        raise
+            if run_as(root, [*command, *arguments], STUCK_SECONDS, **streams):
+                return
+            words = os.pread(words_fd, 1000, 0).decode(errors="replace")
+            reason = words.strip().rpartition(": ")[2] or "the shell was killed"
+        except StuckError:
+            place = shlex.quote(str(path.parent))
+            reason = (
+                "somebody keeps its directory locked, as students can whom it lets in:"
+                f" `chmod go-r {place}`, end what they run (notebooks.py shutdown"
+                " --everything), and try again"
+            )
+    raise OSError(errno.EIO, reason, str(path))
+
+
+def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> None:
+    """Replace a file by one of mode 0600; raises OSError."""
+    write_beside(path, REPLACE_FILE, data, f"{uid}:{gid}")
 
 
 # == Tools: messages =======================================================================
@@ -970,18 +990,22 @@ def run_as(
     """
     log.debug("running %s", shlex.join(argv))
     null = subprocess.DEVNULL
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
+
     process = subprocess.Popen(
         argv,
         stdin=streams.get("stdin", null),
         stdout=streams.get("stdout", null),
-        stderr=null,
+        stderr=streams.get("stderr", null),
         user=identity.uid,
         group=identity.gid,
         extra_groups=identity.groups,
         cwd="/",
         env={"PATH": PROGRAM_PATH, "LC_ALL": "C.UTF-8"},
         start_new_session=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes,) * 2),
+        preexec_fn=limit if max_bytes >= 0 else None,
     )
 
     computed, started = 0.0, time.monotonic()
@@ -1827,7 +1851,7 @@ class Roster:
         """Raises: UsageError if the list could not be written when it has to be."""
         self.warn_of_editors()
         try:
-            tempfile.NamedTemporaryFile(dir=self.path.parent).close()
+            write_beside(self.path, TRY_FILE, b"")
         except OSError as error:
             raise UsageError(
                 f"{self.path}: cannot be written: {error.strerror}; nothing was done"
@@ -7279,14 +7303,17 @@ class Launcher:
                 servers.append(server)
                 course.roster.update(member.username, port=str(server.port))
 
-        try:
-            course.roster.save()
-        except OSError as error:
-            log.warning("the ports could not be written: %s", explain(error))
         self.servers = {server.username: server for server in servers}
         self.context.ports = ports_of([course.config.port, *(x.port for x in servers)])
         outcome.report()
         return outcome
+
+    def save_ports(self, roster: Roster) -> None:
+        """Write the ports into the list, which is locked."""
+        try:
+            roster.save()
+        except OSError as error:
+            log.warning("the ports could not be written: %s", explain(error))
 
     def site(self) -> Site:
         """Return what the web page is told; passwords are not part of that."""
@@ -7439,17 +7466,19 @@ class Launcher:
         If either is bad all goes on as before, but for who has left.
         """
         try:
-            course = load_course(self.context.config.path)
+            # A student may keep whoever looks into the course's directory, or writes there.
+            course = await asyncio.to_thread(load_course, self.context.config.path)
             if course.config.port != self.context.config.port:
                 log.warning("another `port` counts from the next launch on")
             config = dataclasses.replace(course.config, port=self.context.config.port)
             course = dataclasses.replace(course, config=config, options=self.options)
-            certificate = ensure_certificate(config)
+            certificate = await asyncio.to_thread(ensure_certificate, config)
             ensure_capacity(course)
             with course.roster.locked():
                 gone = self.servers_not_in(course.roster)
                 await self.close_servers(gone)
                 self.open_servers(course)
+                await asyncio.to_thread(self.save_ports, course.roster)
         except BusyError:  # the setup that has told us still holds the list
             self.reload_wanted.set()
             await asyncio.sleep(1)
@@ -7477,8 +7506,10 @@ class Launcher:
         await asyncio.sleep(GUESS_SECONDS)
 
         try:
-            server = self.write_password(wish)
+            server = await self.write_password(wish)
             log.info("%s: has a new password", wish.username)
+            while server.state is ServerState.STARTING:  # meanwhile, with the old one
+                await asyncio.sleep(0.1)
             if server.process:
                 uid, pid = server.member.uid, server.process.pid
                 every = processes_by_uid([uid])[uid]
@@ -7495,7 +7526,7 @@ class Launcher:
 
         self.web.tell(NewPassword(wish.username, "", "", answer))
 
-    def write_password(self, wish: NewPassword) -> Server:
+    async def write_password(self, wish: NewPassword) -> Server:
         """Write a new password into the list, if the old one is right.
 
         Returns: the server, which has the old one. Raises: Error, for the student;
@@ -7518,7 +7549,7 @@ class Launcher:
                 raise Error("is_starting")
 
             roster.update(username, nb_pass=wish.new)
-            roster.save()
+            await asyncio.to_thread(roster.save)
             student = next(each for each in roster.students if each.username == username)
             server.update(dataclasses.replace(server.member, student=student))
         return server
@@ -7599,6 +7630,28 @@ def check_reachable() -> None:
         )
 
 
+def warn_of_readers(config: Config) -> None:
+    """Say which directories students can keep locked: see `write_beside`."""
+    student = identity_of(pwd.getpwnam("nobody"))
+    gids = [each.gr_gid for each in grp.getgrall() if each.gr_name == config.group]
+    files, directories = (
+        (config.path, config.user_list),
+        (config.storage_dir, config.archive_dir),
+    )
+    places = {*(x.parent for x in files), *(x for x in directories if x and x.is_dir())}
+
+    for place in sorted(Path(os.path.realpath(x)) for x in places):
+        with acting_as(student._replace(groups=(*student.groups, *gids))):
+            is_open = first_closed_step([place]) is None
+        if is_open:
+            own = len(place.parts) > 2  # not /etc, nor /srv
+            cure = (
+                f"`chmod go-r {shlex.quote(str(place))}`" if own else "use one of its own"
+            )
+            words = "students can read %s, and keep who writes there waiting for ever: %s"
+            log.warning(words, place, cure)
+
+
 def command_setup(course: Course) -> int:
     """Make what is missing: group, accounts, passwords, directories, profiles.
 
@@ -7608,6 +7661,7 @@ def command_setup(course: Course) -> int:
     check_reachable()
     check_programs()
     config, roster = course.config, course.roster
+    warn_of_readers(config)
     roster.check_writable()
     check_group(course)
     for note in roster.notes():
@@ -8007,6 +8061,7 @@ def command_launch(course: Course) -> int:
     check_reachable()
     config, roster = course.config, course.roster
     roster.warn_of_editors()
+    warn_of_readers(config)
     if not any(member.student.nb_pass for member in find_members(course.students)):
         raise UsageError(f"{roster.path}: nobody has an account and a password; run setup")
     if keyctl_number() is None:
@@ -8026,6 +8081,7 @@ def command_launch(course: Course) -> int:
     launcher = Launcher(course, certificate, bind_base_port(config))
     with roster.locked():
         outcome = launcher.open_servers(course)
+        launcher.save_ports(roster)
     launcher.hand_over(certificate)  # to those that were adopted
     status = asyncio.run(launcher.run())
     return 1 if outcome.failures else status

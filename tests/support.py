@@ -22,6 +22,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
@@ -406,6 +407,70 @@ def run_recipe(words: str, changes: Mapping[str, object], **env: str) -> str:
     )
     assert done.returncode == 0, f"{script}: {done}"
     return done.stdout
+
+
+# A file system of a student's own, in namespaces of theirs (FUSE). It has one file; what is
+# written to it is never answered, and with the argument `silent` what is read, too.
+OWN_FILE_SYSTEM = """
+import ctypes, mmap, os, struct, sys
+device, point = sys.argv[1:3]
+libc = ctypes.CDLL(None, use_errno=True)
+ids = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1"}
+ids["gid_map"] = f"0 {os.getgid()} 1"
+if libc.unshare(0x10020000):  # CLONE_NEWUSER, CLONE_NEWNS
+    sys.exit("cannot have namespaces")
+for name, text in ids.items():
+    with open(f"/proc/self/{name}", "w") as file:
+        file.write(text)
+fuse = os.open(device, os.O_RDWR)
+os.mkdir(point)
+options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0".encode()
+if libc.mount(b"x", point.encode(), b"fuse", 0, options):
+    sys.exit("cannot mount")
+
+def attributes(node):
+    mode = 0o40700 if node == 1 else 0o100600
+    numbers = node, 4096, 8, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0
+    return struct.pack("<6Q10I", *numbers)
+
+def answer(opcode, node, opened):
+    match opcode:
+        case 1:  # LOOKUP
+            return struct.pack("<4Q2I", 2, 0, 3600, 3600, 0, 0) + attributes(2)
+        case 3:  # GETATTR
+            return struct.pack("<QII", 3600, 0, 0) + attributes(node)
+        case 14:  # OPEN: the second one with DIRECT_IO and KEEP_CACHE
+            return struct.pack("<QII", opened, 3 * (opened > 1), 0)
+        case 15 if "silent" not in sys.argv:  # READ
+            return bytes(4096)
+        case 26:  # INIT
+            sizes = 7, 31, 65536, 0, 16, 12, 65536, 1, 1, *[0] * 9
+            return struct.pack("<4I2H2I2H8I", *sizes)
+
+if os.fork() == 0:
+    opened = 0
+    while True:
+        request = os.read(fuse, 1 << 20)
+        _, opcode, unique, node = struct.unpack_from("<IIQQ", request)
+        opened += opcode == 14
+        data = answer(opcode, node, opened)
+        if opcode not in (2, 36) and (data or opcode not in (15, 16)):
+            # Nothing is said to FORGET and INTERRUPT, to WRITE and a silent READ.
+            header = 16 + len(data or b""), -38 * (data is None), unique
+            os.write(fuse, struct.pack("<IiQ", *header) + (data or b""))
+os.close(fuse)
+"""
+
+
+@contextlib.contextmanager
+def fuse_device() -> Iterator[Path]:
+    """Yield a device for FUSE that everybody may use."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        device = Path(directory, "fuse")
+        os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(10, 229))
+        for path in (Path(directory), device):
+            path.chmod(0o777)
+        yield device
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """What students and strangers do to the host, to root's commands and to the teacher."""
 
+import concurrent.futures
 import contextlib
 import ctypes
+import functools
 import itertools
 import logging
 import os
@@ -14,6 +16,7 @@ import socket
 import stat
 import subprocess
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +25,7 @@ import pytest
 
 import notebooks
 from conftest import CourseMaker
-from support import ROOT, wait_until
+from support import OWN_FILE_SYSTEM, ROOT, Course, fetch, fuse_device, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -375,3 +378,85 @@ def test_remove_leaves_what_root_has_mounted_in_a_home(make_course: CourseMaker)
         os.close(fd)
         device.unlink()
     course.check("remove", "--yes")
+
+
+# To read a directory into memory that is a file of FUSE is to wait, with the directory
+# locked, for what is in that file.
+HOLD_DIRECTORY = (
+    OWN_FILE_SYSTEM
+    + """
+file = os.open(f"{point}/file", os.O_RDWR)
+memory = mmap.mmap(file, 4096)
+directory = os.open(sys.argv[3], os.O_RDONLY | os.O_DIRECTORY)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+print("holding", flush=True)
+libc.syscall(217, directory, ctypes.c_void_p(address), 4096)
+"""
+)
+
+
+@contextlib.contextmanager
+def directory_held(course: Course, username: str) -> Iterator[subprocess.Popen[str]]:
+    """Have a student keep the course's directory, which is open to all, locked."""
+    for directory in course.directory, *course.directory.parents:
+        if directory.is_relative_to("/tmp/") and directory != Path("/tmp"):
+            directory.chmod(directory.stat().st_mode | 0o055)
+    with fuse_device() as device:
+        point = course.home(username) / "point"
+        with subprocess.Popen(
+            ["/usr/bin/python3", "-c", HOLD_DIRECTORY]
+            + [str(device), str(point), str(course.directory), "silent"],
+            user=username,
+            group=username,
+            extra_groups=[],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as holder:
+            try:
+                assert holder.stdout
+                if not holder.stdout.readline():
+                    pytest.skip("needs FUSE in user namespaces")
+                call = Path(f"/proc/{holder.pid}/syscall")
+                wait_until(lambda: call.read_text().startswith("217 "), 10, "the lock")
+                yield holder
+            finally:
+                course.check("shutdown", "--everything", "--only", username)
+
+
+def test_a_student_who_locks_the_directory_of_the_course_stops_nobody(
+    make_course: CourseMaker,
+) -> None:
+    if platform.machine() != "x86_64":
+        pytest.skip("the numbers of system calls are those of x86_64")
+    course = make_course(2, on_demand="yes")
+    course.check("setup")
+    launch = course.launch().wait_ready()
+    hostile, other = course.students
+    old = course.rows()[other]["nb-pass"]
+    with directory_held(course, hostile):
+        page = f"{course.url}-password"
+        form = {"username": other, "old": old, "new": "Long-And-New-17"}
+        body = urllib.parse.urlencode({**form, "again": form["new"]})
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        ask = functools.partial(fetch, page, "POST", body, headers, course.context())
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            answer = pool.submit(ask)
+            time.sleep(3)
+            assert not answer.done()
+            assert fetch(course.url, context=course.context()).status == 200
+            with course.notebook(other) as notebook:
+                assert notebook.execute("6 * 7") == "42"
+            assert not answer.done()
+            refused = answer.result()
+        assert notebooks.phrase("en", "not_changed") in refused.text
+        started = time.monotonic()
+        done = course.run("setup", timeout=120)
+        assert time.monotonic() - started < 60 and done.returncode
+        cure = f"`chmod go-r {course.directory}`"
+        assert "keep who writes there waiting" in done.stderr and cure in done.stderr
+        assert "somebody keeps its directory locked" in done.stderr
+    course.check("setup")
+    assert course.rows()[other]["nb-pass"] == old
+    course.directory.chmod(0o711)
+    assert "keep who writes" not in course.run("setup").stderr
+    launch.stop()

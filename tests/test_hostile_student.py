@@ -9,10 +9,8 @@ import http.client
 import json
 import os
 import pwd
-import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +21,13 @@ import pytest
 from conftest import CourseMaker
 from support import (
     ENVIRONMENT,
+    OWN_FILE_SYSTEM,
     Course,
     Launch,
     Notebook,
     Response,
     fetch,
+    fuse_device,
     is_ours,
     run_as,
     wait_until,
@@ -321,56 +321,12 @@ def test_a_student_can_signal_only_their_own_server(running: Running) -> None:
     assert run_as(username, "kill", "-0", course.server(username).pid).returncode == 0
 
 
-# A file system of the student's own, in namespaces of their own (FUSE). To map its file
-# a second time, past the cache, is to wait in mmap(2) for what is dirty in it to be
-# written, which is never answered: until then the memory map of the process is locked.
-HOLD_MAP = """
-import ctypes, mmap, os, struct, sys
-device, point = sys.argv[1:]
-libc = ctypes.CDLL(None, use_errno=True)
-ids = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1"}
-ids["gid_map"] = f"0 {os.getgid()} 1"
-if libc.unshare(0x10020000):  # CLONE_NEWUSER, CLONE_NEWNS
-    sys.exit("cannot have namespaces")
-for name, text in ids.items():
-    with open(f"/proc/self/{name}", "w") as file:
-        file.write(text)
-fuse = os.open(device, os.O_RDWR)
-os.mkdir(point)
-options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0".encode()
-if libc.mount(b"x", point.encode(), b"fuse", 0, options):
-    sys.exit("cannot mount")
-
-def attributes(node):
-    mode = 0o40700 if node == 1 else 0o100600
-    numbers = node, 4096, 8, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0
-    return struct.pack("<6Q10I", *numbers)
-
-def answer(opcode, node, opened):
-    match opcode:
-        case 1:  # LOOKUP
-            return struct.pack("<4Q2I", 2, 0, 3600, 3600, 0, 0) + attributes(2)
-        case 3:  # GETATTR
-            return struct.pack("<QII", 3600, 0, 0) + attributes(node)
-        case 14:  # OPEN: the second one with DIRECT_IO and KEEP_CACHE
-            return struct.pack("<QII", opened, 3 * (opened > 1), 0)
-        case 15:  # READ
-            return bytes(4096)
-        case 26:  # INIT
-            sizes = 7, 31, 65536, 0, 16, 12, 65536, 1, 1, *[0] * 9
-            return struct.pack("<4I2H2I2H8I", *sizes)
-
-if os.fork() == 0:
-    opened = 0
-    while True:
-        request = os.read(fuse, 1 << 20)
-        _, opcode, unique, node = struct.unpack_from("<IIQQ", request)
-        opened += opcode == 14
-        data = answer(opcode, node, opened)
-        if opcode not in (2, 16, 36):  # FORGET, WRITE, INTERRUPT: nothing is said
-            header = 16 + len(data or b""), -38 * (data is None), unique
-            os.write(fuse, struct.pack("<IiQ", *header) + (data or b""))
-os.close(fuse)
+# To map a file of FUSE a second time, past the cache, is to wait in mmap(2) for what is
+# dirty in it to be written, which is never answered: until then the memory map of the
+# process is locked.
+HOLD_MAP = (
+    OWN_FILE_SYSTEM
+    + """
 first = os.open(f"{point}/file", os.O_RDWR)
 memory = mmap.mmap(first, 4096)
 memory[0] = 1
@@ -378,6 +334,7 @@ second = os.open(f"{point}/file", os.O_RDONLY)
 print("holding", flush=True)
 mmap.mmap(second, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)
 """
+)
 
 
 def test_a_process_that_cannot_be_looked_at_holds_nobody_up(
@@ -387,11 +344,7 @@ def test_a_process_that_cannot_be_looked_at_holds_nobody_up(
     course.check("setup")
     launch = course.launch().wait_ready()
     hostile, other = course.students
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
-        device = Path(directory, "fuse")
-        os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(10, 229))
-        for path in (Path(directory), device):
-            path.chmod(0o777)
+    with fuse_device() as device:
         for command in (["shutdown"], ["remove", "--yes"]):
             with subprocess.Popen(
                 [
