@@ -1037,15 +1037,56 @@ def cpu_seconds(pid: int) -> float:
     return total
 
 
-def delete_tree(path: Path, *tests: str) -> None:
-    """Delete a directory with what is in it and not mounted, if it passes tests of find(1).
+def delete_tree(path: Path) -> None:
+    """Delete a directory, even while others fill it, but nothing mounted; raises Error."""
+    if not os.path.lexists(path):
+        return
 
-    rm(1) cannot delete what is nested a thousand deep. Raises: Error.
+    deadline = time.monotonic() + DELETE_SECONDS
+    uid = 0  # of the last directory
+    with closing(os.open(path, DIRECTORY_FLAGS)) as top_fd:
+        device = os.fstat(top_fd).st_dev
+        waiting = empty_directory(top_fd, top_fd)
+        while waiting and time.monotonic() < deadline:
+            name = waiting.pop()
+            with (
+                contextlib.suppress(OSError),
+                closing(os.open(name, DIRECTORY_FLAGS, dir_fd=top_fd)) as fd,
+            ):
+                info = os.fstat(fd)
+                if info.st_dev == device:
+                    uid = info.st_uid or uid
+                    waiting += empty_directory(fd, top_fd)
+                    os.rmdir(name, dir_fd=top_fd)
+
+    with contextlib.suppress(OSError):
+        path.rmdir()
+    if os.path.lexists(path):
+        friend = find_account(uid) if waiting and uid else None
+        why = f"; {friend.pw_name} goes on to make directories there" if friend else ""
+        raise Error(f"not everything in {path} could be deleted{why}")
+
+
+def empty_directory(fd: int, top_fd: int) -> list[str]:
+    """Delete a directory's files; return the names of its directories, moved to the top.
+
+    There no path is long. A mount cannot be moved.
     """
-    root, command = identity_of(pwd.getpwuid(0)), ["find", str(path), "-xdev"]
-    command += [*tests, "-delete"]
-    if os.path.lexists(path) and not run_as(root, command, DELETE_SECONDS):
-        raise Error(f"not everything in {path} could be deleted")
+    # From now on nobody, not even who has it open, creates anything in it.
+    os.fchown(fd, 0, 0)
+    os.fchmod(fd, 0o700)
+
+    directories = []
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # what stays is noticed at the end
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.name, dir_fd=fd)
+                    continue
+                name = entry.name if fd == top_fd else secrets.token_hex()
+                os.rename(entry.name, name, src_dir_fd=fd, dst_dir_fd=top_fd)
+                directories.append(name)
+    return directories
 
 
 # == Configuration =========================================================================
@@ -3762,30 +3803,32 @@ def end_account(account: pwd.struct_passwd) -> None:
     forget_keys(identity_of(account))
     unmount_own(account)
 
+    # Friends could mount something again in what is open to all.
+    with contextlib.suppress(FileNotFoundError):
+        runtime_dir_of(account).chmod(0o700)
+    if is_home_of(account):
+        os.chmod(account.pw_dir, 0o700)
+    unmount_own(account)
+
 
 def unmount_own(account: pwd.struct_passwd) -> None:
-    """Take away what an account that runs nothing has mounted over its files, with FUSE.
+    """Take away what was mounted with FUSE over the files of an account that runs nothing.
 
     What lies below would stay, under the name of the mount. Raises: Error for what only
     root can have mounted: userdel would empty it.
     """
-    places = account.pw_dir, runtime_dir_of(account)
+    places = Path(account.pw_dir), runtime_dir_of(account)
 
     for _ in range(MAX_MOUNTS):
-        mounts = psutil.disk_partitions(all=True)
-        inside = [
-            each
-            for each in mounts
-            if any(Path(each.mountpoint).is_relative_to(place) for place in places)
-        ]
+        mounts = [(Path(x.mountpoint), x) for x in psutil.disk_partitions(all=True)]
+        inside = [x for path, x in mounts if any(map(path.is_relative_to, places))]
         if not inside:
             return
+
         # With the outermost goes what is mounted in it.
         mount = min(inside, key=lambda each: len(each.mountpoint))
-        is_own = mount.fstype.startswith("fuse") and "user_id=0" not in mount.opts.split(
-            ","
-        )
-        if not is_own:
+        is_roots = "user_id=0" in mount.opts.split(",")
+        if is_roots or not mount.fstype.startswith("fuse"):
             where = repr(mount.mountpoint)
             raise Error(f"something is mounted at {where}; umount it, then remove again")
         options = ["--lazy", "--no-canonicalize", "--internal-only"]
@@ -3797,8 +3840,7 @@ def remove_account(account: pwd.struct_passwd) -> None:
     """Delete an account of ours that was ended, and its home.
 
     Runs as: root, since others may own what lies in the home. Nothing of the account's runs
-    any more, and find(1) follows no link. Raises: Error; what is left can be
-    removed by the same call again.
+    any more. Raises: Error; what is left can be removed by the same call again.
     """
     delete_tree(runtime_dir_of(account))
     clear_empty_runtime_dir()
@@ -3832,8 +3874,9 @@ def delete_public_files(uids: Collection[int]) -> None:
 
     owned = " -o ".join(f"-uid {uid}" for uid in uids).split()
     for directory in PUBLIC_DIRS:
-        with contextlib.suppress(Error):  # a directory that has files of others
-            delete_tree(Path(directory), "(", *owned, ")")
+        command = ["find", directory, "-xdev", "(", *owned, ")", "-delete"]
+        with contextlib.suppress(Error):  # it fails at a directory that has files of others
+            run_as(Identity(0, 0, ()), command, DELETE_SECONDS)
 
     doomed: list[str] = []
     for kind, option in IPC_KINDS.items():
@@ -7634,22 +7677,21 @@ def warn_of_readers(config: Config) -> None:
     """Say which directories students can keep locked: see `write_beside`."""
     student = identity_of(pwd.getpwnam("nobody"))
     gids = [each.gr_gid for each in grp.getgrall() if each.gr_name == config.group]
-    files, directories = (
-        (config.path, config.user_list),
-        (config.storage_dir, config.archive_dir),
-    )
-    places = {*(x.parent for x in files), *(x for x in directories if x and x.is_dir())}
+    student = student._replace(groups=(*student.groups, *gids))
+    places = [config.path.parent, config.user_list.parent, config.storage_dir]
+    places += filter(None, [config.archive_dir])
 
-    for place in sorted(Path(os.path.realpath(x)) for x in places):
-        with acting_as(student._replace(groups=(*student.groups, *gids))):
-            is_open = first_closed_step([place]) is None
-        if is_open:
-            own = len(place.parts) > 2  # not /etc, nor /srv
-            cure = (
-                f"`chmod go-r {shlex.quote(str(place))}`" if own else "use one of its own"
-            )
-            words = "students can read %s, and keep who writes there waiting for ever: %s"
-            log.warning(words, place, cure)
+    for place in sorted({Path(os.path.realpath(each)) for each in places}):
+        with acting_as(student):
+            is_closed_to_them = first_closed_step([place]) is not None
+        if is_closed_to_them:
+            continue
+        is_own = len(place.parts) > 2  # not /etc, nor /srv
+        cure = f"`chmod go-r {shlex.quote(str(place))}`" if is_own else "use one of its own"
+        log.warning(
+            "students can read %s, and keep who writes there waiting for ever: %s",
+            *(place, cure),
+        )
 
 
 def command_setup(course: Course) -> int:
@@ -8097,10 +8139,17 @@ def command_shutdown(course: Course) -> int:
     else:
         ended = stop_jupyter(course.config, members, outcome)
 
+    # What has left its session, on purpose or not, belongs to no kernel any more.
+    running = processes_by_uid({x.uid for x in ended} - {invoking_account().pw_uid})
     for member, _ in outcome.each(clear_runtime_dir, ended, "shutdown"):
-        outcome.done(member.username, "shut down")
+        others = running.get(member.uid)
+        rest = f"; still runs {counted(len(others), 'other process')}" if others else ""
+        outcome.done(member.username, f"shut down{rest}")
     clear_empty_runtime_dir()
 
+    busy = ", ".join(x.username for x in ended if running.get(x.uid))
+    if busy:
+        log.warning("%s: other programs run on; shutdown --everything ends them", busy)
     launcher = launcher_of(course.config)
     if launcher:
         log.warning(

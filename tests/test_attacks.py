@@ -13,11 +13,13 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
+import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -25,7 +27,15 @@ import pytest
 
 import notebooks
 from conftest import CourseMaker
-from support import OWN_FILE_SYSTEM, ROOT, Course, fetch, fuse_device, wait_until
+from support import (
+    OWN_FILE_SYSTEM,
+    ROOT,
+    Course,
+    fetch,
+    fuse_device,
+    processes_of,
+    wait_until,
+)
 
 pytestmark = pytest.mark.root
 
@@ -82,6 +92,28 @@ def test_shutdown_ends_everything_if_it_is_told_to(
     uid = pwd.getpwnam(first).pw_uid
     assert not notebooks.processes_by_uid([uid])[uid]
     assert spared.poll() is None
+
+
+def test_shutdown_tells_who_runs_on_beside_jupyter(make_course: CourseMaker) -> None:
+    """Such as what a cell has put into a session of its own."""
+    course = make_course(2)
+    course.check("setup")
+    course.launch().wait_ready().stop()
+    first, other = course.students
+    code = "import os; [os.system('setsid -f sleep 999') for i in range(2)]"
+    assert course.notebook(first).execute(code) == "[0, 0]"
+    course.notebook(other).execute("6 * 7")
+    done = course.run("shutdown")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert f"{first}: shut down; still runs 2 other processes" in lines
+    assert f"{other}: shut down" in lines
+    hint = f"{first}: other programs run on; shutdown --everything ends them"
+    assert done.stderr.count(hint) == done.stderr.count("--everything") == 1
+    assert len(processes_of([first])) == 2
+    done = course.run("shutdown", "--everything")
+    assert f"{first}: shut down" in done.stdout.splitlines() and not done.stderr
+    wait_until(lambda: not processes_of([first]), 10, "their end")
 
 
 def test_shutdown_never_ends_the_teacher(
@@ -286,21 +318,23 @@ def test_remove_ends_what_has_a_uid_by_a_setuid_program(
     assert spared.poll() is None
 
 
+KEYS = """
+import ctypes; libc = ctypes.CDLL(None); word = ctypes.c_char_p(b'secret')
+libc.syscall(250, 1, 0); libc.syscall(250, 8, -4, -3)  # a session, with theirs
+number = libc.syscall(248, b'user', b'mine', word, 6, -4)
+assert number > 0
+assert libc.syscall(250, 5, number, 0x3f3f3f3f) == 0  # visible for all
+"""
+
+
 def test_remove_leaves_no_keys(make_course: CourseMaker, as_student: AsStudent) -> None:
     course = make_course(1)
     course.check("setup")
     (username,) = course.students
     uid = pwd.getpwnam(username).pw_uid
-    code = (
-        "import ctypes; libc = ctypes.CDLL(None); word = ctypes.c_char_p(b'secret')\n"
-        "libc.syscall(250, 1, 0); libc.syscall(250, 8, -4, -3)\n"  # a session, with theirs
-        "number = libc.syscall(248, b'user', b'mine', word, 6, -4)\n"
-        "assert number > 0\n"
-        "assert libc.syscall(250, 5, number, 0x3f3f3f3f) == 0"  # visible for all
-    )
     if platform.machine() != "x86_64":
         pytest.skip("the numbers of system calls are those of x86_64")
-    assert as_student(username, code).wait() == 0
+    assert as_student(username, KEYS).wait() == 0
 
     def keys() -> list[str]:
         lines = Path("/proc/keys").read_text().splitlines()
@@ -309,6 +343,25 @@ def test_remove_leaves_no_keys(make_course: CourseMaker, as_student: AsStudent) 
     assert keys()
     course.check("remove", "--yes")
     wait_until(lambda: not keys(), 10, "the end of its key")
+
+
+@contextlib.contextmanager
+def attack(code: str, username: str = "root") -> Iterator[subprocess.Popen[str]]:
+    """Run Python code, from when it says that it is at work until the end of the block."""
+    process = subprocess.Popen(
+        ["/usr/bin/python3", "-c", code],
+        user=username,
+        group=username,
+        extra_groups=[],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout and process.stdout.readline()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 MOUNT = """
@@ -339,18 +392,13 @@ def test_remove_takes_away_what_a_student_has_mounted(make_course: CourseMaker) 
     device = Path(f"/tmp/fuse-{uid}")
     os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(10, 229))
     code = MOUNT.format(uid=uid, places=[f"{home}/course", str(home), str(runtime)])
-    process = subprocess.Popen(
-        ["/usr/bin/python3", "-c", code], stdout=subprocess.PIPE, text=True
-    )
     try:
-        assert process.stdout and process.stdout.readline() == "mounted\n"
-        started = time.monotonic()
-        done = course.run("remove", "--yes", "--only", gone, timeout=120)
+        with attack(code):
+            started = time.monotonic()
+            done = course.run("remove", "--yes", "--only", gone, timeout=120)
         assert f"{gone}: account and home deleted" in done.stdout, done
         assert time.monotonic() - started < 60
     finally:
-        process.kill()
-        process.communicate()
         device.unlink()
         for place in (home, home, home / "course", runtime, runtime):
             subprocess.run(["umount", "-l", place], capture_output=True)
@@ -460,3 +508,263 @@ def test_a_student_who_locks_the_directory_of_the_course_stops_nobody(
     course.directory.chmod(0o711)
     assert "keep who writes" not in course.run("setup").stderr
     launch.stop()
+
+
+FILL = """
+import contextlib, fcntl, itertools, os, sys
+fds = [os.open(place, os.O_RDONLY) for place in {places!r}]
+for fd in list(fds):
+    os.mkdir("own", dir_fd=fd)
+    fds.append(os.open("own", os.O_RDONLY, dir_fd=fd))
+os.chdir(fds[-1])
+locked = [open(file, "r+") for file in {locked!r}]
+for file in locked:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+print("filling", flush=True)
+for i in itertools.count():
+    for place in [*fds, *{places!r}, "."]:
+        name, fd = f"file{{i % 300}}", place if isinstance(place, int) else None
+        with contextlib.suppress(OSError):
+            os.chmod(place, 0o777)
+        with contextlib.suppress(OSError):
+            path = name if fd is not None else f"{{place}}/{{name}}"
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600, dir_fd=fd))
+"""
+
+
+def fill_code(places: Iterable[Path], locked: Iterable[Path] = ()) -> str:
+    """Return code that creates files all the time in directories that are open to all.
+
+    By path, by descriptor and in the working directory; and in directories of its user's in
+    there, which it opens as often as somebody closes them.
+    """
+    return FILL.format(places=[*map(str, places)], locked=[*map(str, locked)])
+
+
+def make_open_directory(path: Path, username: str, mode: int = 0o777) -> Path:
+    path.mkdir(parents=True)
+    shutil.chown(path, username)
+    path.chmod(mode)
+    return path
+
+
+def test_remove_deletes_what_a_friend_fills_all_the_time(make_course: CourseMaker) -> None:
+    """Also what an earlier remove has left, and in the runtime directory."""
+    course = make_course(2)
+    course.check("setup")
+    gone, friend = course.students
+    home, uid = course.home(gone), pwd.getpwnam(gone).pw_uid
+    runtime = notebooks.RUNTIME_DIR / str(uid)
+    left_over = home.with_name(f".{gone}-removed")
+    home.chmod(0o777)
+    notebooks.ensure_config_dir()
+    places = [home, make_open_directory(runtime, gone)]
+    for place in home / "a", home / "a/b", home / "a/b/c", runtime / "a", left_over / "a":
+        places.append(make_open_directory(place, gone))
+    places.append(make_open_directory(home / "setgid", gone, 0o2777))
+    places.append(make_open_directory(home / "acl", gone, 0o700))
+    subprocess.run(["setfacl", "-m", f"u:{friend}:rwx", places[-1]], check=True)
+    kept = course.home(friend) / "kept"
+    kept.write_text("kept")
+    home.joinpath("a/link").symlink_to(course.home(friend))
+    try:
+        with attack(fill_code(places), friend) as filler:
+            done = course.run("remove", "--yes", "--only", gone)
+            assert f"{gone}: account and home deleted" in done.stdout, done
+            assert filler.poll() is None
+        assert not runtime.exists()
+        assert not [each for each in home.parent.iterdir() if gone in each.name]
+        assert kept.read_text() == "kept"
+        assert course.home(friend).owner() == friend
+    finally:
+        for place in home, runtime, left_over:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+PREPARE = """
+import ctypes, os, pathlib, shutil
+os.umask(0)
+home, publics = pathlib.Path({home!r}), {publics!r}
+home.chmod(0o777)
+for place in {places!r}:
+    os.mkdir(place)
+git = home / "course" / "welcome" / ".git"
+git.mkdir(parents=True)
+(git / "config").write_text("[core]\\n\\tfsmonitor = true\\n")
+(home / "locked").write_text("mine")
+shutil.copy("/usr/bin/sleep", home / "sleep")
+(home / "sleep").chmod(0o4755)
+for public in publics:
+    if public == "/dev/mqueue":
+        pathlib.Path("/dev/mqueue/{uid}-mine").touch()
+        continue
+    (pathlib.Path(public) / "{uid}-mine").write_text("mine")
+    (pathlib.Path(public) / "{uid}-directory").mkdir()
+    (pathlib.Path(public) / "{uid}-directory" / "mine").write_text("mine")
+libc = ctypes.CDLL(None)
+for _ in range(10000):
+    assert libc.semget(0, 1, 0o1600) >= 0 and libc.msgget(0, 0o1600) >= 0
+os.chdir(home / "a")
+for _ in range(1000):
+    os.mkdir("d")
+    os.chdir("d")
+"""
+
+# Forks and leaves its session without end, in at most a hundred processes.
+BOMB = """
+import os, random, resource, signal, time
+resource.setrlimit(resource.RLIMIT_NPROC, (100, 100))
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+end = time.monotonic() + 200
+while time.monotonic() < end:
+    try:
+        pid = os.fork()
+    except OSError:
+        time.sleep(0.01)
+        continue
+    if pid == 0:
+        os.setsid()
+        random.seed()
+    elif random.random() < 0.5:
+        os._exit(0)
+"""
+
+STOP = """
+import os, signal
+for _ in range(3): os.fork()
+os.setsid() if os.getpid() != os.getsid(0) else None
+while True: os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+class Visitor(threading.Thread):
+    """Looks at pages all the time, and notes what does not answer soon."""
+
+    def __init__(self, urls: Iterable[str], context: ssl.SSLContext) -> None:
+        super().__init__()
+        self.urls, self.context = list(urls), context
+        self.faults: list[str] = []
+        self.visits = 0
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self.stopped.wait(0.2):
+            for url in self.urls:
+                started = time.monotonic()
+                try:
+                    status = fetch(url, context=self.context).status
+                except OSError as error:
+                    self.faults.append(f"{url}: {error!r}")
+                    continue
+                seconds = time.monotonic() - started
+                if status != 200 or seconds > 5:
+                    self.faults.append(f"{url}: {status} after {seconds:.1f} s")
+                self.visits += 1
+
+    def __enter__(self) -> "Visitor":
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stopped.set()
+        self.join()
+
+
+def left_of(uid: int, places: Iterable[Path]) -> list[str]:
+    """Return what there is of a user: processes, files, mounts, keys and IPC objects."""
+    left = [str(each) for each in notebooks.processes_by_uid([uid])[uid]]
+    command = ["find", *map(str, places), "-xdev", "-uid", str(uid)]
+    left += subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    mounts = Path("/proc/mounts").read_text().splitlines()
+    left += [line for line in mounts if f"user_id={uid}," in line]
+    for kind in ("shm", "msg", "sem"):
+        head, *lines = Path("/proc/sysvipc", kind).read_text().splitlines()
+        i = head.split().index("uid")
+        left += [line for line in lines if str(uid) in line.split()[i : i + 4 : 2]]
+    keys = Path("/proc/keys").read_text().splitlines()
+    return left + [line for line in keys if line.split()[5] == str(uid)]
+
+
+def test_remove_withstands_all_attacks_at_once(
+    make_course: CourseMaker, as_student: AsStudent
+) -> None:
+    """And the others' servers answer all the while."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the numbers of system calls are those of x86_64")
+    course = make_course(4)
+    course.check("setup")
+    course.launch().wait_ready()
+    gone, friend, *_ = course.students
+    account, home = pwd.getpwnam(gone), course.home(gone)
+    uid, runtime = account.pw_uid, notebooks.RUNTIME_DIR / str(account.pw_uid)
+    publics = ["/tmp", "/var/tmp", "/dev/shm", "/run/lock", "/dev/mqueue"]
+    publics = [public for public in publics if os.access(public, os.W_OK)]
+    open_places = [home / "a", home / "a/b", home / "a/b/c", runtime / "a"]
+    device = Path(f"/tmp/fuse-{uid}")
+    urls = [f"{course.notebook_url(x)}login" for x in course.students[1:]]
+    os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(10, 229))
+
+    try:
+        code = PREPARE.format(
+            home=str(home), uid=uid, places=[*map(str, open_places)], publics=publics
+        )
+        assert as_student(gone, code).wait(60) == 0
+        assert as_student(gone, KEYS).wait(10) == 0
+        runtime.chmod(0o777)
+        course.notebook(gone).execute("import os; os.system('setsid -f sleep 999')")
+        code = f"import os; os.execv('{home}/sleep', ['sleep', '999'])"
+        disguised = as_student(friend, code)
+        wait_until(lambda: psutil.Process(disguised.pid).uids().effective == uid, 10, "it")
+        deep = home / "a" / "/".join("d" * 1000)
+        filled = [home, runtime, *open_places, deep]
+
+        places = [f"{home}/course", str(home), str(runtime)]
+        with (
+            attack(fill_code(filled, [home / "locked"]), friend) as filler,
+            attack(MOUNT.format(uid=uid, places=places)) as mounter,
+        ):
+            for code in (STOP, BOMB):
+                as_student(gone, code)
+            wait_until(lambda: len(processes_of([gone])) > 50, 20, "many processes")
+            with Visitor(urls, course.context()) as visitor:
+                started = time.monotonic()
+                done = course.run("remove", "--yes", "--only", gone)
+                seconds = time.monotonic() - started
+            assert mounter.wait(10) == -signal.SIGKILL and filler.poll() is None
+
+        assert f"{gone}: account and home deleted" in done.stdout, done
+        assert done.returncode == 0 and seconds < 60
+        assert disguised.wait(10) == -signal.SIGKILL
+        searched = [home.parent, *map(Path, publics), notebooks.RUNTIME_DIR]
+        with contextlib.suppress(TimeoutError):  # the kernel deletes keys when it has time
+            wait_until(lambda: not left_of(uid, searched), 10, "their end")
+        assert left_of(uid, searched) == []
+        assert visitor.visits > 3 and visitor.faults == []
+    finally:
+        everything = ["/bin/kill", "-KILL", "--", "-1"]
+        subprocess.run(everything, user=uid, stderr=subprocess.DEVNULL)
+        notebooks.delete_public_files([uid])
+        device.unlink()
+        for place in (home, home, home / "course", runtime, runtime):
+            subprocess.run(["umount", "-l", place], capture_output=True)
+
+
+def test_who_makes_directories_faster_than_they_are_deleted_is_named(
+    make_course: CourseMaker, as_student: AsStudent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    course = make_course(2)
+    course.check("setup")
+    gone, friend = course.students
+    place = course.home(gone).with_name(f".{gone}-removed")
+    place.mkdir()
+    place.chmod(0o777)
+    code = "import os\nwhile True: os.mkdir('x'); os.chdir('x')"
+    process = as_student(friend, f"import os; os.chdir({str(place)!r})\n{code}")
+    wait_until(lambda: [*place.iterdir()], 10, "its first directory")
+    monkeypatch.setattr(notebooks, "DELETE_SECONDS", 3)
+    with pytest.raises(notebooks.Error, match=f"; {friend} goes on to make directories"):
+        notebooks.delete_tree(place)
+    process.kill()
+    process.wait()
+    course.check("remove", "--yes", "--only", gone)
+    assert not place.exists()

@@ -224,7 +224,9 @@ def test_shutdown_ends_jupyter_of_the_listed_students_and_nothing_else(
     assert all(map(runs, others))
     assert all(course.home(name).joinpath("saved").exists() for name in listed)
     *lines, summary = output.splitlines()
-    assert sorted(lines) == [f"{name}: shut down" for name in listed]
+    left = notebooks.counted(len(processes_of(listed[:1])), "other process")
+    ended = [f"{name}: shut down" for name in listed]
+    assert sorted(lines) == [f"{ended[0]}; still runs {left}", ended[1]]
     assert summary == "The notebooks of 2 students are shut down."
 
 
