@@ -440,7 +440,8 @@ def write_beside(path: Path, script: str, data: bytes, *arguments: str) -> None:
                 f" `chmod go-r {place}`, end what they run (notebooks.py shutdown"
                 " --everything), and try again"
             )
-    raise OSError(errno.EIO, reason, str(path))
+    numbers = {os.strerror(number): number for number in errno.errorcode}
+    raise OSError(numbers.get(reason, errno.EIO), reason, str(path))
 
 
 def replace_private_file(path: Path, data: bytes, uid: int, gid: int) -> None:
