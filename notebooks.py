@@ -5703,6 +5703,12 @@ class StudentIdentity(Upstream):  # type: ignore[misc]
             handler.request.cookies["_xsrf"] = token
             handler.set_cookie("_xsrf", token, expires_days=SESSION_DAYS, **self.xsrf)
 
+        # Two courses of one student share this cookie, and a page on another port may put one
+        # before it: a tab's script sends what it finds. It alone can send such a header.
+        headers = handler.request.headers
+        if headers.get("Sec-Fetch-Site") == "same-origin" and "X-XSRFToken" in headers:
+            headers["X-XSRFToken"] = token
+
 
 class LogoutHandler(Upstream):  # type: ignore[misc]
     """Logs out for pages of this notebook, such as JupyterLab's menu; asks all others."""
@@ -5710,9 +5716,11 @@ class LogoutHandler(Upstream):  # type: ignore[misc]
     upstream = "jupyter_server.auth.logout.LogoutHandler"
 
     def get(self) -> None:
-        # No script can write this header: Fetch Metadata Request Headers, W3C.
-        is_own = self.request.headers.get("Sec-Fetch-Site") == "same-origin"
-        if is_own or not self.current_user:
+        # No script can write these: Fetch Metadata Request Headers, W3C. A picture in a
+        # notebook, which somebody else may have written, is no document.
+        headers = self.request.headers
+        kind = headers.get("Sec-Fetch-Site"), headers.get("Sec-Fetch-Dest")
+        if kind == ("same-origin", "document") or not self.current_user:
             super().get()
         else:
             message = {"question": self.current_user.username}

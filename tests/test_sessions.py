@@ -82,11 +82,12 @@ def is_logged_in(notebook: Notebook) -> bool:
     return notebook.fetch("api/contents").status == http.client.OK
 
 
-def put(notebook: Notebook, token: str) -> Response:
+def put(notebook: Notebook, token: str, site: str = "") -> Response:
     """Write a file with the cookie of a session, and any token, twice."""
     session = [x for x in notebook.cookies.values() if x.key.startswith("__Secure-")]
     cookie = "; ".join([*(f"{x.key}={x.coded_value}" for x in session), f"_xsrf={token}"])
     headers = {"Cookie": cookie, "X-XSRFToken": token, "Content-Type": "application/json"}
+    headers |= {"Sec-Fetch-Site": site} if site else {}
     url = urllib.parse.urljoin(notebook.url, "api/contents/made.txt")
     body = '{"type": "file", "format": "text", "content": ""}'
     return fetch(url, "PUT", body, headers, notebook.context)
@@ -109,6 +110,25 @@ def test_a_token_counts_in_its_own_session_alone(launched: Course) -> None:
         assert answer.status == http.client.FORBIDDEN
         assert f"_xsrf={token};" in answer.headers["Set-Cookie"]  # what the tab sends next
     assert put(mine, token).status == http.client.CREATED
+
+
+def test_a_tab_finds_its_way_with_the_token_of_another_course(launched: Course) -> None:
+    """A student's notebooks of two courses share the cookie, each with its own token."""
+    notebook = launched.notebook(launched.students[0])
+    for site in ("same-site", "cross-site", "none"):
+        assert put(notebook, "ab" * 32, site).status == http.client.FORBIDDEN
+    assert put(notebook, "ab" * 32, "same-origin").status == http.client.CREATED
+    headers = {"Cookie": notebook.cookie_header(), "Sec-Fetch-Site": "same-origin"}
+    form = fetch(f"{notebook.url}logout", "POST", "", headers, notebook.context)
+    assert form.status == http.client.FORBIDDEN  # forms can be in others' notebooks
+
+
+def test_a_picture_in_a_notebook_logs_nobody_out(launched: Course) -> None:
+    notebook = launched.notebook(launched.students[0])
+    headers = {"Cookie": notebook.cookie_header(), "Sec-Fetch-Site": "same-origin"}
+    headers["Sec-Fetch-Dest"] = "image"
+    answer = fetch(f"{notebook.url}logout", headers=headers, context=notebook.context)
+    assert "Set-Cookie" not in answer.headers and is_logged_in(notebook)
 
 
 def test_a_link_of_another_page_logs_nobody_out(launched: Course) -> None:
