@@ -1049,16 +1049,16 @@ def delete_tree(path: Path) -> None:
         device = os.fstat(top_fd).st_dev
         waiting = empty_directory(top_fd, top_fd)
         while waiting and time.monotonic() < deadline:
-            name = waiting.pop()
-            with (
-                contextlib.suppress(OSError),
-                closing(os.open(name, DIRECTORY_FLAGS, dir_fd=top_fd)) as fd,
-            ):
-                info = os.fstat(fd)
-                if info.st_dev == device:
-                    uid = info.st_uid or uid
-                    waiting += empty_directory(fd, top_fd)
-                    os.rmdir(name, dir_fd=top_fd)
+            name = secrets.token_hex()
+            with contextlib.suppress(OSError):
+                # It fails for a mount, which may be of the same device (mount --bind).
+                os.rename(waiting.pop(), name, src_dir_fd=top_fd, dst_dir_fd=top_fd)
+                with closing(os.open(name, DIRECTORY_FLAGS, dir_fd=top_fd)) as fd:
+                    info = os.fstat(fd)
+                    if info.st_dev == device:
+                        uid = info.st_uid or uid
+                        waiting += empty_directory(fd, top_fd)
+                        os.rmdir(name, dir_fd=top_fd)
 
     with contextlib.suppress(OSError):
         path.rmdir()
@@ -3794,8 +3794,21 @@ def end_families(
         time.sleep(0.1)
 
 
-def end_account(account: pwd.struct_passwd) -> None:
+def run_worker(function: Callable[[Member], object], member: Member) -> None:
+    """Have a worker do what the friends of a student could hold up; raises Error."""
+    for worker in run_workers(function, [member]):
+        try:
+            worker.result()
+        except StuckError:
+            raise Error(
+                "somebody keeps a directory there locked, as others can who may open it: end"
+                " what they run (notebooks.py shutdown --everything), then remove again"
+            ) from None
+
+
+def end_account(member: Member) -> None:
     """End all that an account of ours runs, for good; raises Error if that fails."""
+    account = member.account
     # Closed first, so that neither ssh nor cron start anything new, and then killed: so
     # nothing is mounted again.
     run_program(["usermod", "--expiredate", "1", "--", account.pw_name])
@@ -3805,11 +3818,16 @@ def end_account(account: pwd.struct_passwd) -> None:
     unmount_own(account)
 
     # Friends could mount something again in what is open to all.
+    run_worker(close_directories, member)
+    unmount_own(account)
+
+
+def close_directories(member: Member) -> None:
+    account = member.account
     with contextlib.suppress(FileNotFoundError):
         runtime_dir_of(account).chmod(0o700)
     if is_home_of(account):
         os.chmod(account.pw_dir, 0o700)
-    unmount_own(account)
 
 
 def unmount_own(account: pwd.struct_passwd) -> None:
@@ -3837,23 +3855,32 @@ def unmount_own(account: pwd.struct_passwd) -> None:
     raise Error("too much is mounted in their home; restart this host, then remove again")
 
 
-def remove_account(account: pwd.struct_passwd) -> None:
-    """Delete an account of ours that was ended, and its home.
+def delete_directories(member: Member) -> None:
+    """Delete the home of an account of ours that was ended, and its runtime directory.
 
-    Runs as: root, since others may own what lies in the home. Nothing of the account's runs
-    any more. Raises: Error; what is left can be removed by the same call again.
+    Runs as: root, since others may own what lies in the home.
     """
+    account, home = member.account, member.home
     delete_tree(runtime_dir_of(account))
-    clear_empty_runtime_dir()
 
     # A home that is half deleted must not look like one: it would be packed, or kept.
-    home = Path(account.pw_dir)
     doomed = home.with_name(f".{home.name}-removed")
     for left_over in (doomed, home.with_name(f".{home.name}-new")):
         delete_tree(left_over)
     if is_home_of(account) and not home.is_symlink():
         home.rename(doomed)
         delete_tree(doomed)
+
+
+def remove_account(member: Member) -> None:
+    """Delete an account of ours that was ended, and its home.
+
+    Nothing of the account's runs any more. Raises: Error; what is left can be removed by
+    the same call again.
+    """
+    account = member.account
+    run_worker(delete_directories, member)
+    clear_empty_runtime_dir()
     for directory in MAIL_DIRS:
         Path(directory, account.pw_name).unlink(missing_ok=True)
 
@@ -8289,7 +8316,7 @@ def delete_accounts(members: Sequence[Member], course: Course, outcome: Outcome)
     ended = []
     for member in members:
         with outcome.step(member.username):
-            end_account(member.account)
+            end_account(member)
             ended.append(member)
     packed = dict.fromkeys(ended, True)
     if course.config.archive_dir:
@@ -8306,7 +8333,7 @@ def delete_accounts(members: Sequence[Member], course: Course, outcome: Outcome)
         with outcome.step(member.username):
             if not packed[member] and is_home_of(member.account):
                 raise Error("not deleted: their home is there again; run remove again")
-            remove_account(member.account)
+            remove_account(member)
             outcome.done(member.username, "account and home deleted")
             deleted += 1
     return deleted

@@ -444,8 +444,10 @@ libc.syscall(217, directory, ctypes.c_void_p(address), 4096)
 
 
 @contextlib.contextmanager
-def directory_held(course: Course, username: str) -> Iterator[subprocess.Popen[str]]:
-    """Have a student keep the course's directory, which is open to all, locked."""
+def directory_held(
+    course: Course, username: str, held: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """Have a student keep a directory locked: the course's, which is open to all."""
     for directory in course.directory, *course.directory.parents:
         if directory.is_relative_to("/tmp/") and directory != Path("/tmp"):
             directory.chmod(directory.stat().st_mode | 0o055)
@@ -453,7 +455,7 @@ def directory_held(course: Course, username: str) -> Iterator[subprocess.Popen[s
         point = course.home(username) / "point"
         with subprocess.Popen(
             ["/usr/bin/python3", "-c", HOLD_DIRECTORY]
-            + [str(device), str(point), str(course.directory), "silent"],
+            + [str(device), str(point), str(held or course.directory), "silent"],
             user=username,
             group=username,
             extra_groups=[],
@@ -768,3 +770,47 @@ def test_who_makes_directories_faster_than_they_are_deleted_is_named(
     process.wait()
     course.check("remove", "--yes", "--only", gone)
     assert not place.exists()
+
+
+@pytest.mark.parametrize("place", [".", "a/b"])
+def test_remove_gives_up_what_a_friend_keeps_locked(
+    make_course: CourseMaker, place: str
+) -> None:
+    """Not below /home, where the tests have an overlay, which locks less."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the numbers of system calls are those of x86_64")
+    course = make_course(2)
+    course.check("setup")
+    gone, friend = course.students
+    home = course.directory / gone
+    shutil.copytree(course.home(gone), home, symlinks=True)
+    shutil.chown(home, gone)
+    subprocess.run(["usermod", "--home", home, gone], check=True)
+    home.chmod(0o777)
+    make_open_directory(home / "a/b", gone)
+    with directory_held(course, friend, home / place):
+        started = time.monotonic()
+        done = course.run("remove", "--yes", "--only", gone, timeout=120)
+        assert f"{gone}: somebody keeps a directory there locked" in done.stderr, done
+        assert time.monotonic() - started < 60
+    course.check("remove", "--yes", "--only", gone)
+    assert not [each for each in home.parent.iterdir() if gone in each.name]
+
+
+def test_delete_tree_leaves_what_is_mounted_from_the_same_device(tmp_path: Path) -> None:
+    kept, tree = tmp_path / "kept", tmp_path / "tree"
+    kept.mkdir()
+    kept.joinpath("file").write_text("kept")
+    mode = kept.stat().st_mode
+    places = [tree / "mounted", tree / "a/mounted"]
+    for place in places:
+        place.mkdir(parents=True)
+        subprocess.run(["mount", "--no-mtab", "--bind", kept, place], check=True)
+    try:
+        with pytest.raises(notebooks.Error, match="not everything"):
+            notebooks.delete_tree(tree)
+        assert kept.joinpath("file").read_text() == "kept" and kept.stat().st_mode == mode
+    finally:
+        for place in tree.glob("**/mounted"):
+            subprocess.run(["umount", "--no-mtab", "--lazy", place], check=True)
+    notebooks.delete_tree(tree)
