@@ -6001,6 +6001,10 @@ class NotebookHTTPServer(Upstream):  # type: ignore[misc]
         self.strangers.admit(stream.socket, address[0])
         super().handle_stream(stream, address)
 
+    def _handle_connection(self, connection: socket.socket, address: Any) -> None:
+        with contextlib.suppress(ConnectionResetError):  # else a traceback in the log
+            super()._handle_connection(connection, address)
+
     def start_request(self, server_conn: Any, request_conn: Any) -> Any:
         delegate = super().start_request(server_conn, request_conn)
         received = delegate.headers_received

@@ -5,6 +5,7 @@ import http.client
 import http.server
 import socket
 import ssl
+import struct
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -251,3 +252,18 @@ def test_silent_strangers_leave_room_and_memory(launched: Course, whose: str) ->
     finally:
         for connection in (early, *crowd):
             connection.close()
+
+
+def test_strangers_who_reset_connections_leave_no_traceback(launched: Course) -> None:
+    username = launched.students[0]
+    launched.notebook(username)
+    ports = launched.port, int(launched.rows()[username]["port"])
+    for port in ports * 200:
+        (connection,) = connect(port, 1, "127.0.0.1")
+        reset = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        connection.close()
+    assert is_logged_in(launched.notebook(username))
+    log = launched.home(username) / notebooks.SERVER_LOG
+    assert "Traceback" not in log.read_text()
+    assert "Traceback" not in launched.launches[-1].log.read_text()
