@@ -3801,8 +3801,8 @@ def run_worker(function: Callable[[Member], object], member: Member) -> None:
             worker.result()
         except StuckError:
             raise Error(
-                "somebody keeps a directory there locked, as others can who may open it: end"
-                " what they run (notebooks.py shutdown --everything), then remove again"
+                "somebody keeps a directory there locked, as others can who may open it:"
+                " end what they run (notebooks.py shutdown --everything), then remove again"
             ) from None
 
 
@@ -5730,8 +5730,8 @@ class StudentIdentity(Upstream):  # type: ignore[misc]
             handler.request.cookies["_xsrf"] = token
             handler.set_cookie("_xsrf", token, expires_days=SESSION_DAYS, **self.xsrf)
 
-        # Two courses of one student share this cookie, and a page on another port may put one
-        # before it: a tab's script sends what it finds. It alone can send such a header.
+        # Two courses of one student share this cookie, and a page on another port may put
+        # one before it: a tab sends what it finds. Its script alone can send this header.
         headers = handler.request.headers
         if headers.get("Sec-Fetch-Site") == "same-origin" and "X-XSRFToken" in headers:
             headers["X-XSRFToken"] = token
