@@ -3836,7 +3836,8 @@ def unmount_own(account: pwd.struct_passwd) -> None:
     What lies below would stay, under the name of the mount. Raises: Error for what only
     root can have mounted: userdel would empty it.
     """
-    places = Path(account.pw_dir), runtime_dir_of(account)
+    home = Path(account.pw_dir)
+    places = home, home.with_name(f".{home.name}-removed"), runtime_dir_of(account)
 
     for _ in range(MAX_MOUNTS):
         mounts = [(Path(x.mountpoint), x) for x in psutil.disk_partitions(all=True)]
