@@ -16,6 +16,7 @@ import socket
 import ssl
 import stat
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -41,6 +42,19 @@ pytestmark = pytest.mark.root
 
 
 AsStudent = Callable[[str, str], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def open_course() -> Iterator[Course]:
+    """A course in a directory that students can read; each pytest closes its own to them.
+
+    Not where the tests have an overlay, which locks less.
+    """
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        Path(directory).chmod(0o755)
+        with Course(Path(directory), 2, on_demand="yes") as course:
+            course.directory.chmod(0o755)
+            yield course
 
 
 @pytest.fixture
@@ -151,15 +165,12 @@ def test_who_keeps_the_account_files_locked_is_named(make_course: CourseMaker) -
 
 
 def test_a_student_cannot_hold_the_lock_of_a_list_that_was_uploaded(
-    make_course: CourseMaker, as_student: AsStudent
+    open_course: Course, as_student: AsStudent
 ) -> None:
-    course = make_course(1)
+    course = open_course
     course.check("setup")
-    (username,) = course.students
+    username = course.students[0]
     course.user_list.chmod(0o644)
-    for directory in course.directory, *course.directory.parents:
-        if directory.is_relative_to("/tmp/") and directory != Path("/tmp"):
-            directory.chmod(directory.stat().st_mode | 0o011)
     code = (
         "import fcntl, time; f = open({!r}); fcntl.flock(f, fcntl.LOCK_EX); time.sleep(99)"
     )
@@ -448,9 +459,6 @@ def directory_held(
     course: Course, username: str, held: Path | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     """Have a student keep a directory locked: the course's, which is open to all."""
-    for directory in course.directory, *course.directory.parents:
-        if directory.is_relative_to("/tmp/") and directory != Path("/tmp"):
-            directory.chmod(directory.stat().st_mode | 0o055)
     with fuse_device() as device:
         point = course.home(username) / "point"
         with subprocess.Popen(
@@ -474,11 +482,11 @@ def directory_held(
 
 
 def test_a_student_who_locks_the_directory_of_the_course_stops_nobody(
-    make_course: CourseMaker,
+    open_course: Course,
 ) -> None:
     if platform.machine() != "x86_64":
         pytest.skip("the numbers of system calls are those of x86_64")
-    course = make_course(2, on_demand="yes")
+    course = open_course
     course.check("setup")
     launch = course.launch().wait_ready()
     hostile, other = course.students
@@ -774,12 +782,11 @@ def test_who_makes_directories_faster_than_they_are_deleted_is_named(
 
 @pytest.mark.parametrize("place", [".", "a/b"])
 def test_remove_gives_up_what_a_friend_keeps_locked(
-    make_course: CourseMaker, place: str
+    open_course: Course, place: str
 ) -> None:
-    """Not below /home, where the tests have an overlay, which locks less."""
     if platform.machine() != "x86_64":
         pytest.skip("the numbers of system calls are those of x86_64")
-    course = make_course(2)
+    course = open_course
     course.check("setup")
     gone, friend = course.students
     home = course.directory / gone
