@@ -3489,6 +3489,10 @@ def clear_empty_runtime_dir() -> None:
 
 SERVER_TITLE = "notebooks.py: notebook server of "  # what ps shows, and NAME in FILE.cfg
 SERVER_NAME = SERVER_TITLE[:15]  # as much of it as `read_name` returns
+TEMPLATE_TITLE = "notebooks.py: template process"  # also of a fork, at first
+LAUNCHER_TITLE = "notebooks.py: launcher of "  # the configuration file
+LAUNCHER_NAME = LAUNCHER_TITLE[:15]
+FORK_SECONDS = 10.0  # for a fork to become its student
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 10.0  # how long processes that keep forking are fought
 MAX_ARGV_BYTES = 1 << 14
@@ -3593,6 +3597,31 @@ def server_course(pid: int) -> str:
     """Return the configuration file of the course whose server this is, by its title."""
     title = " ".join(read_argv(pid))
     return title.partition(" in ")[2] if title.startswith(SERVER_TITLE) else ""
+
+
+def is_starting(pid: int) -> bool:
+    """Say whether it is a server that is root's as yet, or a template without a launcher.
+
+    The latter may still fork what it was asked for.
+    """
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        is_fork = read_name(pid) in (SERVER_NAME, TEMPLATE_TITLE[:15])
+        if is_fork and read_status(pid)[:2] == (0, True):
+            return read_name(psutil.Process(pid).ppid()) != LAUNCHER_NAME
+    return False
+
+
+def wait_for_starts() -> None:
+    """Wait until each server that is starting is its student's; raises StuckError.
+
+    Until then nothing tells whose it is, and who looks for the student's would miss it.
+    """
+    deadline = time.monotonic() + FORK_SECONDS
+    starting = psutil.pids()
+    while starting := [pid for pid in starting if is_starting(pid)]:
+        if time.monotonic() > deadline:
+            raise StuckError(f"pid {starting[0]} does not go on: end it, and try again")
+        time.sleep(0.02)
 
 
 def find_roots(
@@ -3813,6 +3842,7 @@ def end_account(member: Member) -> None:
     # nothing is mounted again.
     run_program(["usermod", "--expiredate", "1", "--", account.pw_name])
     Path("/var/spool/cron/crontabs", account.pw_name).unlink(missing_ok=True)
+    wait_for_starts()
     kill_everything(account)
     forget_keys(identity_of(account))
     unmount_own(account)
@@ -6076,7 +6106,6 @@ START_SECONDS = 60.0  # for a fork to answer, and again for a server to name its
 ANSWER_SECONDS = 5.0  # in which the launcher must have said what it has to say
 STOP_SECONDS = 1.5  # in which a helper must have ended
 EXIT_REPORT_SECONDS = 1.0  # in which a template has reported an end that we see
-TEMPLATE_TITLE = "notebooks.py: template process"
 TRIAL_SECONDS = 30  # in which all extensions must have started
 
 # Extensions that may start again in a process that has rehearsed their start.
@@ -6208,6 +6237,16 @@ class Fork(Process):
         return self.report.result() if self.report.done() else None
 
 
+def end_unwanted_fork(channel: Channel) -> None:
+    """End a fork that has taken its order while nobody waited any more; no other can."""
+    channel.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(EOFError, ValueError):
+        answer, received = channel.receive_message()
+        if isinstance(answer, Forked):
+            with contextlib.closing(Fork(answer.pid, *received)) as fork:
+                fork.send_signal(signal.SIGKILL)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Template(Helper):
     """The launcher's side of a template process: asks for forks, hears of their ends."""
@@ -6228,6 +6267,8 @@ class Template(Helper):
                 raise Error("the template process ended before it started it") from None
             except TimeoutError:
                 raise Error("the template process does not answer") from None
+            finally:
+                end_unwanted_fork(ours)
 
         match answer:
             case Forked(pid):
@@ -6360,6 +6401,7 @@ def try_extensions(home: Path) -> Trial:
 
 def report_trial(channel: Channel, home: Path) -> None:
     """Start all extensions, and tell the template what that has shown."""
+    setproctitle.setproctitle("notebooks.py: extensions")  # no server, for `is_starting`
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(TRIAL_SECONDS)
     null_fd = os.open(os.devnull, os.O_RDWR)
@@ -6868,8 +6910,6 @@ def run_webserver(channel: Channel) -> None:
 # not. So no student can ever take a port of the course and collect the cookies and
 # passwords of whoever visits it.
 
-LAUNCHER_TITLE = "notebooks.py: launcher of "  # the configuration file
-LAUNCHER_NAME = LAUNCHER_TITLE[:15]  # as much of it as `read_name` returns
 MAX_LOOKED_DESCRIPTORS = 1000  # of each process, or it takes long
 MAX_NAMESAKES = 20  # of a user's processes
 SYS_PIDFD_GETFD = 438  # the same on all architectures
@@ -8175,6 +8215,8 @@ def command_shutdown(course: Course) -> int:
     warn_of_strays(course)
     outcome = Outcome()
     members = find_members(course.students)
+    with outcome.step("a server that is starting"):
+        wait_for_starts()
     if course.options.everything:
         ended = end_everything(members, outcome)
     else:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import pwd
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -530,6 +532,106 @@ def test_shutdown_ends_all_that_is_jupyters_and_nothing_else(
     for username in course.students:
         runtime_dir = notebooks.RUNTIME_DIR / str(pwd.getpwnam(username).pw_uid)
         assert not runtime_dir.exists()
+
+
+@contextlib.contextmanager
+def starts_held_up(launch: Launch, call: str, seconds: float) -> Iterator[None]:
+    """Have each server that starts wait so long before a system call of its own."""
+    inject = f"inject={call}:delay_enter={int(seconds * 1e6)}"
+    template = launch.helper("template process")
+    command = ["strace", "-f", "-qq", "-e", inject, "-o", "/dev/null", "-p"]
+    with subprocess.Popen([*command, str(template.pid)], env=ENVIRONMENT) as strace:
+        status = Path(f"/proc/{template.pid}/status")
+        traced = f"TracerPid:\t{strace.pid}\n"
+        wait_until(lambda: traced in status.read_text(), 10, "strace")
+        try:
+            yield
+        finally:
+            strace.terminate()
+
+
+def root_forks(launch: Launch) -> set[psutil.Process]:
+    forks = set()
+    for child in launch.helper("template process").children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if re.match("notebooks.py: [tn]", title_of(child)) and child.uids().real == 0:
+                forks.add(child)
+    return forks
+
+
+def starting(launch: Launch) -> set[psutil.Process]:
+    """Return the servers that are held up: others have gone on at a second look."""
+    forks = root_forks(launch)
+    time.sleep(0.3)
+    return forks & root_forks(launch)
+
+
+@root
+@pytest.mark.parametrize(
+    ("call", "end"),
+    [
+        ("pidfd_open", "shutdown"),
+        ("setresuid", "shutdown --everything"),
+        ("setresuid", "remove --yes"),
+    ],
+)
+def test_a_server_that_is_not_its_students_yet_outlives_no_command(
+    make_course: CourseMaker, call: str, end: str
+) -> None:
+    course = make_course(1)
+    course.check("setup")
+    launch = course.launch()
+    with starts_held_up(launch, call, 3):
+        held_up = wait_until(lambda: starting(launch), 30, "a start")
+        course.check(*end.split())
+        assert not any(map(is_ours, held_up))
+
+
+@root
+def test_shutdown_names_a_start_that_does_not_go_on(make_course: CourseMaker) -> None:
+    course = make_course(2)
+    course.check("setup")
+    launch = course.launch()
+    with starts_held_up(launch, "setresuid", 60):
+        held_up = wait_until(lambda: starting(launch), 30, "a start")
+        done = course.run("shutdown")
+    stuck = "a server that is starting: pid {} does not go on"
+    assert done.returncode == 1
+    assert any(stuck.format(each.pid) in done.stderr for each in held_up)
+
+
+def test_a_fork_that_nobody_waits_for_any_more_is_ended() -> None:
+    """The launcher ends, or the student leaves, between its answer and our reading it."""
+    template = notebooks.Template(role="template", course=Path())
+    ours, theirs = notebooks.Channel.pair()
+    hears, says = os.pipe()
+
+    def answer_and_live_on(*_: object) -> None:
+        os.write(2, b".")
+        time.sleep(60)
+
+    async def give_up() -> None:
+        template.child = notebooks.Child(os.getpid(), ours)
+        task = asyncio.create_task(template.fork(notebooks.Ready(), []))
+        await asyncio.sleep(0)
+        _, (fd,) = theirs.receive_message()
+        notebooks.fork_on_request(fd, answer_and_live_on)
+        assert os.read(hears, 1) == b"."
+        await notebooks.end_tasks([task])
+        assert task.cancelled()
+
+    stderr = os.dup(2)
+    os.dup2(says, 2)
+    try:
+        asyncio.run(give_up())
+    finally:
+        os.dup2(stderr, 2)
+    _, wait_status = os.waitpid(-1, 0)
+    assert os.waitstatus_to_exitcode(wait_status) == -signal.SIGKILL
+    for fd in (stderr, says, hears):
+        os.close(fd)
+    for each in (ours, theirs):
+        each.close()
 
 
 @root
