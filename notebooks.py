@@ -3492,7 +3492,6 @@ SERVER_NAME = SERVER_TITLE[:15]  # as much of it as `read_name` returns
 TEMPLATE_TITLE = "notebooks.py: template process"  # also of a fork, at first
 LAUNCHER_TITLE = "notebooks.py: launcher of "  # the configuration file
 LAUNCHER_NAME = LAUNCHER_TITLE[:15]
-FORK_SECONDS = 10.0  # for a fork to become its student
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 KILL_SECONDS = 10.0  # how long processes that keep forking are fought
 MAX_ARGV_BYTES = 1 << 14
@@ -3600,10 +3599,7 @@ def server_course(pid: int) -> str:
 
 
 def is_starting(pid: int) -> bool:
-    """Say whether it is a server that is root's as yet, or a template without a launcher.
-
-    The latter may still fork what it was asked for.
-    """
+    """Say whether it is a server that is still root's, or a template without launcher."""
     with contextlib.suppress(psutil.Error, ProcessLookupError):
         is_fork = read_name(pid) in (SERVER_NAME, TEMPLATE_TITLE[:15])
         if is_fork and read_status(pid)[:2] == (0, True):
@@ -3616,7 +3612,7 @@ def wait_for_starts() -> None:
 
     Until then nothing tells whose it is, and who looks for the student's would miss it.
     """
-    deadline = time.monotonic() + FORK_SECONDS
+    deadline = time.monotonic() + STUCK_SECONDS
     starting = psutil.pids()
     while starting := [pid for pid in starting if is_starting(pid)]:
         if time.monotonic() > deadline:
