@@ -202,8 +202,7 @@ def explain_exit(code: int) -> str:
     """Say how a process ended, by its exit status or the negative of a signal."""
     if code >= 0:
         return f"ended with exit status {code}"
-    hint = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
-    return f"was ended by signal {-code} ({signal.strsignal(-code)}){hint}"
+    return f"was ended by signal {-code} ({signal.strsignal(-code)})"
 
 
 class PrintableFormatter(logging.Formatter):
