@@ -7404,9 +7404,10 @@ class Launcher:
         self.end = certificate.end()
         self.context.tell = self.web.greet
         self.announced = False
+        self.left: set[str] = set()  # who had a server, and left
         self.memory = 0  # of all students, in bytes
 
-    def open_servers(self, course: Course) -> Outcome:
+    def open_servers(self, course: Course) -> None:
         """Hold a port for each member who can have a server; the list is locked."""
         outcome = Outcome()
         ports = assign_ports(course.roster.students, course.config.port)
@@ -7425,7 +7426,6 @@ class Launcher:
         self.servers = {server.username: server for server in servers}
         self.context.ports = ports_of([course.config.port, *(x.port for x in servers)])
         outcome.report()
-        return outcome
 
     def save_ports(self, roster: Roster) -> None:
         """Write the ports into the list, which is locked."""
@@ -7481,9 +7481,7 @@ class Launcher:
         say(f"The web page has ended. Notebook servers that run on: {running}.")
         for task in done:
             task.result()  # raises what went wrong in it
-        if not self.announced:
-            return Interrupted.exit_status
-        return 1 if self.count(ServerState.FAILED) else 0
+        return 0 if self.announced else Interrupted.exit_status
 
     async def run_servers(self) -> NoReturn:
         """Start what has to run from the beginning, tell the teacher, then reload."""
@@ -8198,11 +8196,10 @@ def command_launch(course: Course) -> int:
     certificate = ensure_certificate(config)
     launcher = Launcher(course, certificate, bind_base_port(config))
     with roster.locked():
-        outcome = launcher.open_servers(course)
+        launcher.open_servers(course)
         launcher.save_ports(roster)
     launcher.hand_over(certificate)  # to those that were adopted
-    status = asyncio.run(launcher.run())
-    return 1 if outcome.failures else status
+    return asyncio.run(launcher.run())
 
 
 def command_shutdown(course: Course) -> int:
