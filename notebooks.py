@@ -7492,7 +7492,9 @@ class Launcher:
         await asyncio.gather(*(server.settled.wait() for server in servers))
 
         running, config = self.count(ServerState.RUNNING), self.context.config
-        say(f"{running} of {len(servers)} notebook servers run.")
+        late = self.count(ServerState.STARTING)
+        text = f"{running} of {len(servers)} notebook servers run"
+        say(f"{text}, {late} still starting." if late else f"{text}.")
         say(f"The firewall must let in TCP ports {self.context.ports}.")
         self.say_fingerprints()
         say(f"Ready: https://{visible_address(config)}:{config.port}/")

@@ -594,6 +594,8 @@ def test_shutdown_names_a_start_that_does_not_go_on(make_course: CourseMaker) ->
     with starts_held_up(launch, "setresuid", 60):
         held_up = wait_until(lambda: starting(launch), 30, "a start")
         done = course.run("shutdown")
+        launch.wait_ready()
+        assert "0 of 2 notebook servers run, 2 still starting.\n" in launch.output
     stuck = "a server that is starting: pid {} does not go on"
     assert done.returncode == 1
     assert any(stuck.format(each.pid) in done.stderr for each in held_up)
