@@ -7083,6 +7083,7 @@ def ensure_capacity(course: Course) -> None:
 # started: one mechanism serves start on demand, recovery from a crash and idle servers.
 # `Launcher` owns all servers and both helpers, and obeys signals.
 
+RELOAD_SECONDS = 3  # for a reload, after a command that has changed accounts
 SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
 MEMORY_SECONDS = 5  # between two looks at what all processes hold
 GUESS_SECONDS = 1.0  # for each try of a password, one at a time, whoever sends them
@@ -7205,7 +7206,7 @@ class Server:
         process.close()
         self.process = None
         self.state = ServerState.STOPPED
-        if code:
+        if code and not is_expired(self.username):  # or it is `remove` that has ended it
             log.warning(
                 "%s: the server %s; its log is ~%s/%s",
                 *(self.username, explain_exit(code), self.username, SERVER_LOG),
@@ -7248,7 +7249,7 @@ class Server:
     async def start_once(self, context: StartContext) -> Fork:
         """Have a server forked, and watch it until it is ready. Step 3 of a start."""
         await context.template.ready.wait()  # which may take: what counts is what is then
-        account = self.check_account()
+        account = await self.find_account()
         ensure_runtime_dir(account)
         order = server_order(context, self)
 
@@ -7285,12 +7286,24 @@ class Server:
             )
         return True
 
-    def check_account(self) -> pwd.struct_passwd:
-        """Return the account as it is now, perhaps months after launch; raises Error."""
+    async def find_account(self) -> pwd.struct_passwd:
+        """Return the account as it is now, perhaps months after launch; raises Error.
+
+        Nothing is said of one that `remove` has closed: at its end we are told who left.
+        """
         username, uid = self.username, self.member.uid
-        account = find_account(username)
-        if account is None or account.pw_uid != uid or is_expired(username):
-            raise Error("the account does not exist, or is closed; run setup")
+        patience = RELOAD_SECONDS
+        while True:
+            account = find_account(username)
+            if account and account.pw_uid == uid and not is_expired(username):
+                break
+            if not patience:
+                raise Error("the account does not exist, or is closed; run setup")
+
+            await asyncio.sleep(1)
+            with contextlib.suppress(BusyError), locked("notebooks", wait=False):
+                patience -= 1
+
         if not os.path.isdir(account.pw_dir):
             raise Error(f"{account.pw_dir} is missing; run setup")
         return account
@@ -7414,7 +7427,9 @@ class Launcher:
         listeners = find_listeners(SERVER_NAME)
         servers = []
 
-        for member in outcome.members(course.students):
+        # Of those whom `remove` took away there is nothing to say but how many have left.
+        rows = [x for x in course.students if x.nb_pass or x.username not in self.left]
+        for member in outcome.members(rows):
             with outcome.step(member.username):
                 server = self.servers.get(member.username) or Server.open(
                     member, ports, course.config, listeners
@@ -7683,6 +7698,7 @@ class Launcher:
         """End the servers and kernels of students who left, and give up their ports."""
         for server in servers:
             del self.servers[server.username]
+            self.left.add(server.username)
         await end_tasks([server.task for server in servers if server.task])
         # At once, since each look goes through all processes of the host.
         known = {x.member.uid: {x.process.pid} for x in servers if x.process}

@@ -3,6 +3,7 @@
 import pwd
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import time
@@ -262,6 +263,26 @@ def test_a_new_password_counts_from_the_next_start(course: Course, launch: Launc
         Notebook(course.notebook_url(username), course.context()).log_in(old)
 
 
+def test_who_visits_while_remove_works_has_nothing_reported(
+    course: Course, launch: Launch
+) -> None:
+    """Their account is closed first. What somebody else has closed is named."""
+    username = course.students[1]
+    before = len(launch.output)
+    expire = ["usermod", username, "--expiredate"]
+    with notebooks.host_locked():
+        subprocess.run([*expire, "1"], check=True)
+        course.server(username).kill()
+        with socket.create_connection(("localhost", int(course.rows()[username]["port"]))):
+            time.sleep(notebooks.RELOAD_SECONDS + 3)
+    said = launch.output[before:]
+    assert said.splitlines() == [f"notebooks.py: {username}: stopped"]
+    closed = f"{username}: the account does not exist, or is closed; run setup"
+    wait_until(lambda: closed in launch.output, notebooks.RELOAD_SECONDS + 5, closed)
+    subprocess.run([*expire, ""], check=True)
+    course.notebook(username)
+
+
 def test_remove_takes_students_out_of_a_launch_that_runs(
     course: Course, launch: Launch
 ) -> None:
@@ -271,7 +292,12 @@ def test_remove_takes_students_out_of_a_launch_that_runs(
     rows = course.rows()
     course.write_students([rows[username]])
     said = said_after(launch, lambda: course.check("remove", "--yes"))
-    assert f"{username}: has no account" in said
+    assert "Reloaded: 0 students came, " in said
+    never = f"{username}never"
+    course.write_students([*course.rows().values(), {"username": never}])
+    said += reload(launch)
+    assert f"{never}: has no account; run setup first" in said
+    assert f"{username}: " not in said.replace(f"{username}: stopped", "")
     assert all(x.uids().real != uid for x in psutil.process_iter(["uids"]))
     assert not (notebooks.RUNTIME_DIR / str(uid)).exists()
     subprocess.run(["useradd", "--create-home", username], check=True)  # another uid
