@@ -99,6 +99,15 @@ def is_whole(info):
     except (OSError, ValueError):
         return False
 
+def loose_files(site):
+    known = {"__pycache__"}
+    for info in site.glob("[!~]*.dist-info"):
+        known.add(info.name)
+        if (info / "RECORD").exists():
+            lines = (info / "RECORD").read_text().splitlines()
+            known |= {line.lstrip("\"").partition("/")[0].partition(",")[0] for line in lines}
+    return sorted(x.name for x in site.iterdir() if x.name[0] != "~" and x.name not in known)
+
 def requirement(info, exact):
     name, _, version = info.name.removesuffix(".dist-info").partition("-")
     if (info / "direct_url.json").exists():
@@ -116,6 +125,8 @@ root, task = Path(sys.argv[1]), sys.argv[2]
 here = "python{}.{}".format(*sys.version_info)
 for site in sorted(root.glob("lib/python3*/site-packages")):
     is_ours = site.parent.name == here
+    if not is_ours and (loose := loose_files(site)):
+        print("Of no package, so only in the version before:", *loose, file=sys.stderr)
     for info in sorted(site.glob("[!~]*.dist-info")):
         ours = info.name.startswith("notebooks_py-")
         if task == "upgrade":
@@ -214,6 +225,9 @@ install upgrade: root
 # The copy is private, for `setup` writes passwords into it; it is kept where it exists.
 demo: install stop-demo
 	mkdir -p -m 0700 $(DEMO)
+	trap 'echo "The demo does not run. Mend what is named above, such as a taken port in its" \
+	    "own $(DEMO_CONFIG), and run sudo make demo again;" \
+	    "sudo make undo-demo deletes what it has made." >&2' EXIT
 	for name in material students.csv notebooks.cfg; do
 	    [ -e $(DEMO)/$$name ] || cp -R $$name $(DEMO)/
 	done
@@ -243,6 +257,7 @@ demo: install stop-demo
 	$(PREFIX)/bin/python -c 'import csv, sys; print(
 	    *map("    {username:<16} {nb-pass}".format_map, csv.DictReader(sys.stdin)),
 	    sep="\n")' <$(DEMO)/students.csv
+	trap - EXIT
 	echo
 	echo "The demo goes on running (its log: $(DEMO_LOG))."
 	echo "sudo make undo-demo ends it and deletes all of it."

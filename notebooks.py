@@ -133,17 +133,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, NoReturn, TypeVar, dataclass_transform
 
+CURE = "run the notebooks.py that `sudo make install` puts into /usr/local/bin"
+if Path(__file__).resolve().parent == Path(sys.executable).parent.resolve():
+    CURE = "run `sudo make install` again (was Python upgraded?)"  # it is that one
 try:
     import pexpect
     import psutil
     import setproctitle
     from pexpect import fdpexpect
 except ImportError as missing:
-    print(
-        f"notebooks.py: {sys.executable} lacks {missing.name}; run the notebooks.py"
-        " that `sudo make install` puts into /usr/local/bin",
-        file=sys.stderr,
-    )
+    print(f"notebooks.py: {sys.executable} lacks {missing.name}; {CURE}", file=sys.stderr)
     sys.exit(2)
 
 __version__ = "1.0.0"
@@ -7737,10 +7736,7 @@ def check_reachable() -> None:
     specs = map(importlib.util.find_spec, ("notebook", "ipykernel", "zmq"))
     origins = [str(spec.origin) for spec in filter(None, specs)]
     if len(origins) < 3:
-        raise UsageError(
-            f"{sys.executable} has no Jupyter Notebook; run the notebooks.py that"
-            " `sudo make install` puts into /usr/local/bin"
-        )
+        raise UsageError(f"{sys.executable} has no Jupyter Notebook; {CURE}")
 
     # A link and what it leads to may lie in different directories.
     targets = [sys.executable, os.__file__, shutil.__file__, *origins]
@@ -8334,7 +8330,8 @@ def ask_before_removal(course: Course, members: Sequence[Member]) -> dict[str, s
     reasons = {x.username: reason_to_stay(x, course.config) for x in members}
     doomed = {x.username: x for x in members if not reasons[x.username]}
     for username in filter(reasons.get, reasons):
-        say(f"{username} {reasons[username]}: it only leaves the course.")
+        files = f"~{username}/{course.config.tutorial_dir}"
+        say(f"{username} {reasons[username]}: it only leaves the course; {files} stays.")
 
     here = {user.name for user in psutil.users()}.intersection(doomed)
     if here:

@@ -1,9 +1,13 @@
 """`make install` and `make upgrade`, with tiny packages instead of Jupyter's."""
 
 import base64
+import contextlib
 import hashlib
 import os
+import pwd
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -16,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from conftest import CourseMaker
-from support import ENVIRONMENT, ROOT
+from support import ENVIRONMENT, ROOT, free_port_range, kill_all, processes_of
 
 SCRIPT = "#!python\nimport brick\nprint(brick.__file__, brick.VERSION)\n"
 # Imports something late, and has a file of its version open as a library is.
@@ -78,17 +82,20 @@ class Installation:
         index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.index)}
         return {**ENVIRONMENT, **index, "PIP_CONFIG_FILE": os.devnull}
 
-    def make(self, goal: str) -> str:
+    def run_make(self, goal: str) -> subprocess.CompletedProcess[str]:
         variables = (
             f"PREFIX={self.prefix} LINK={self.link} PACKAGE=notebooks-py BUILD_FILES="
         )
-        done = subprocess.run(
+        return subprocess.run(
             ["make", "-C", str(ROOT), goal, *variables.split()],
             capture_output=True,
             text=True,
             env=self.environment(),
             timeout=120,
         )
+
+    def make(self, goal: str) -> str:
+        done = self.run_make(goal)
         assert done.returncode == 0, done
         return done.stdout
 
@@ -171,6 +178,103 @@ def test_make_upgrade_leaves_what_runs_its_version_and_its_work(
     assert subprocess.check_output([theirs], text=True) == "1.2\n"
     kept = [x for x in installation.versions.iterdir() if not x.is_symlink()]
     assert len(kept) == 2, "the newest, and a way back"
+
+
+@pytest.mark.root
+def test_make_install_keeps_what_was_installed_for_an_earlier_python(
+    tmp_path: Path,
+) -> None:
+    """As after an upgrade of the system, for which nothing can be imported any more."""
+    installation = Installation(tmp_path)
+    installation.make("install")
+    installation.pip_install("extra")
+    installation.release("extra", "3.5")
+    site = installation.site()
+    (site / "knife.py").write_text("copied by hand")
+    site.parent.rename(site.parent.with_name("python3.0"))
+    done = subprocess.run([installation.link], capture_output=True, text=True)
+    assert "No module named 'brick'" in done.stderr
+    done = installation.run_make("install")
+    assert "so only in the version before: knife.py\n" in done.stderr
+    assert installation.run().endswith(" 1.1\n")
+    assert "VERSION = '3." in (installation.site() / "extra/late.py").read_text()
+    assert list(installation.versions.glob("*/lib/python3.0/site-packages/knife.py"))
+
+
+@pytest.mark.root
+def test_a_script_names_what_helps_where_a_package_is_missing(tmp_path: Path) -> None:
+    """The installed one another make install, any other the installed one."""
+    environment = tmp_path / "version"
+    venv.create(environment, symlinks=True)
+    (tmp_path / "link").symlink_to(environment)
+    python = tmp_path / "link/bin/python"
+    said = {}
+    for directory in (environment / "bin", tmp_path):
+        script = Path(shutil.copy(ROOT / "notebooks.py", directory))
+        done = subprocess.run([python, script], capture_output=True, text=True)
+        assert done.returncode == 2
+        said[directory] = done.stderr.removeprefix(f"notebooks.py: {python} lacks ")
+    assert said[environment / "bin"].startswith("pexpect; run `sudo make install` again")
+    assert said[tmp_path].startswith("pexpect; run the notebooks.py that")
+
+
+# Stands for the script that is installed, without all that it needs.
+DEMO_SCRIPT = f"""#!python
+import os, sys
+command = [{sys.executable!r}, {str(ROOT / "notebooks.py")!r}, *sys.argv[1:]]
+if os.path.exists("%s") and "launch" in command:  # each session takes its time
+    slow = "strace -D -f -qq -o /dev/null -e inject=setsid:delay_enter=7000000"
+    command = [*slow.split(), *command]
+os.execvp(command[0], command)
+"""
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Installation]:
+    installation = Installation(tmp_path)
+    script = DEMO_SCRIPT % (tmp_path / "is-slow")
+    files = {"notebooks_py-2.0.data/scripts/notebooks.py": script}
+    make_wheel(installation.index, "notebooks_py", "2.0", files)
+    subprocess.run(["useradd", "--create-home", "ada"], check=True)
+    yield installation
+    installation.run_make("undo-demo")
+    kill_all(lambda: processes_of(["ada", "emmy"]), "the demo")
+    subprocess.run(["userdel", "--remove", "ada"], check=True, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.root
+def test_a_demo_that_fails_names_the_way_on_and_back(
+    demo: Installation, tmp_path: Path
+) -> None:
+    """On a host where a port is taken, and a student of the demo is somebody real."""
+    config = demo.prefix.with_name("notebooks-demo") / "notebooks.cfg"
+    own = Path(pwd.getpwnam("ada").pw_dir, "course/own.txt")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # it is taken already
+            stack.enter_context(socket.create_server(("", 8888)))
+        done = demo.run_make("demo")
+    assert done.returncode != 0
+    assert "port 8888: Address already in use" in done.stderr
+    assert f"own {config}, and run sudo make demo again;" in done.stderr
+    assert "sudo make undo-demo" in done.stderr
+
+    config.write_text(
+        re.sub(r"(?m)^port = .*", f"port = {free_port_range(3)}", config.read_text())
+    )
+    (tmp_path / "is-slow").touch()
+    done = demo.run_make("demo")
+    assert "0 of 2 notebook servers run, 2 still starting.\n" in done.stdout
+    assert "sudo make undo-demo ends it" in done.stdout
+    assert "does not run" not in done.stderr and done.returncode == 0
+    own.write_text("theirs")
+    said = demo.make("undo-demo")
+    assert (
+        "ada was not made by setup: it only leaves the course; ~ada/course stays." in said
+    )
+    assert own.read_text() == "theirs"
+    with pytest.raises(KeyError):
+        pwd.getpwnam("emmy")
+    assert not config.parent.exists() and not demo.prefix.exists()
 
 
 @pytest.fixture
