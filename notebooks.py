@@ -3596,23 +3596,34 @@ def server_course(pid: int) -> str:
     return title.partition(" in ")[2] if title.startswith(SERVER_TITLE) else ""
 
 
-def is_starting(pid: int) -> bool:
-    """Say whether it is a server that is still root's, or a template without launcher."""
-    with contextlib.suppress(psutil.Error, ProcessLookupError):
-        is_fork = read_name(pid) in (SERVER_NAME, TEMPLATE_TITLE[:15])
-        if is_fork and read_status(pid)[:2] == (0, True):
-            return read_name(psutil.Process(pid).ppid()) != LAUNCHER_NAME
-    return False
+def is_starting(pid: int, course: Path | None) -> bool:
+    """Say whether it is a server of this or any course that is still root's.
+
+    It is a fork of a template, which is the launcher's child.
+    """
+    is_fork = read_name(pid) in (SERVER_NAME, TEMPLATE_TITLE[:15])
+    if not is_fork or read_status(pid)[:2] != (0, True):
+        return False
+    template = psutil.Process(pid).ppid()
+    launcher = " ".join(read_argv(psutil.Process(template).ppid()))
+    is_others = launcher.startswith(LAUNCHER_TITLE) and not launcher.endswith(f"{course}")
+    return read_name(template) != LAUNCHER_NAME and not (course and is_others)
 
 
-def wait_for_starts() -> None:
+def wait_for_starts(course: Path | None = None) -> None:
     """Wait until each server that is starting is its student's; raises StuckError.
 
     Until then nothing tells whose it is, and who looks for the student's would miss it.
     """
     deadline = time.monotonic() + STUCK_SECONDS
     starting = psutil.pids()
-    while starting := [pid for pid in starting if is_starting(pid)]:
+
+    def still(pid: int) -> bool:
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            return is_starting(pid, course)
+        return False
+
+    while starting := list(filter(still, starting)):
         if time.monotonic() > deadline:
             raise StuckError(f"pid {starting[0]} does not go on: end it, and try again")
         time.sleep(0.02)
@@ -8223,7 +8234,7 @@ def command_shutdown(course: Course) -> int:
     outcome = Outcome()
     members = find_members(course.students)
     with outcome.step("a server that is starting"):
-        wait_for_starts()
+        wait_for_starts(course.config.path)
     if course.options.everything:
         ended = end_everything(members, outcome)
     else:
