@@ -426,9 +426,11 @@ def write_beside(path: Path, script: str, data: bytes, *arguments: str) -> None:
         os.write(data_fd, data)
         os.lseek(data_fd, 0, os.SEEK_SET)
         root, streams = identity_of(pwd.getpwuid(0)), {"stdin": data_fd, "stderr": words_fd}
+
         try:
             if run_as(root, [*command, *arguments], STUCK_SECONDS, **streams):
                 return
+
             words = os.pread(words_fd, 1000, 0).decode(errors="replace")
             reason = words.strip().rpartition(": ")[2] or "the shell was killed"
         except StuckError:
@@ -438,6 +440,7 @@ def write_beside(path: Path, script: str, data: bytes, *arguments: str) -> None:
                 f" `chmod go-r {place}`, end what they run (notebooks.py shutdown"
                 " --everything), and try again"
             )
+
     numbers = {os.strerror(number): number for number in errno.errorcode}
     raise OSError(numbers.get(reason, errno.EIO), reason, str(path))
 
@@ -579,6 +582,7 @@ class Strangers:
         if source.version == 6:  # whoever has one address has all that begin like it
             prefix = ipaddress.ip_network((source, 64), strict=False)
             source = source.ipv4_mapped or prefix.network_address
+
         self.sources[connection] = str(source)
         if len(self.sources) <= self.most:
             return
@@ -1153,6 +1157,24 @@ def parse_size(text: str) -> int:
     return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
 
 
+def parse_memory(text: str) -> int:
+    """Read a size, or a share of this host's memory such as 25 %; nothing is no limit."""
+    share = re.fullmatch(r"(\d{1,3})\s*%", text, re.ASCII)
+    total = psutil.virtual_memory().total
+    with contextlib.suppress(ValueError):
+        size = total * int(share[1]) // 100 if share else parse_size(text or "0")
+        if not text or MIN_MEMORY <= size <= total:
+            return size
+    raise ValueError("must be a size from 100M to all that this host has, or such as 25 %")
+
+
+def parse_cores(text: str) -> float:
+    """Read a number of processors, such as 1.5; nothing is no limit."""
+    if text and not re.fullmatch(r"\d{1,4}(\.\d{1,2})?", text, re.ASCII):
+        raise ValueError("must be a number of processors such as 2 or 0.5")
+    return float(text or 0)
+
+
 def matching(pattern: str, right: str) -> Callable[[str], str]:
     """Return a parser of what a regular expression matches, or of nothing."""
 
@@ -1249,12 +1271,23 @@ class Config:
     retrieve_limit: int = setting("Shutdown", parse_size, "1G")
     archive_dir: Path | None = setting("Shutdown", optional(parse_path))
     archive_limit: int = setting("Shutdown", parse_size, "10G")
+    memory: int = setting("Limits", parse_memory)
+    cpu: float = setting("Limits", parse_cores)
+    processes: int = setting("Limits", whole_number(50, 1000000), "1000")
+    disk: int = setting("Limits", parse_size, "0")
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def of(self, username: str) -> "Config":
         """Return what it says for one student: {username} in `material_dir` is the name."""
         own = str(self.material_dir).replace("{username}", username)
         return dataclasses.replace(self, material_dir=Path(own))
+
+    def limits_of(self, student: "Student") -> "Limits":
+        """Return the limits of one student: their row of the list, or those for all."""
+        own = {name: getattr(student, name) for name in Limits._fields}
+        return Limits(
+            *(parse_limit(x, own[x]) if own[x] else getattr(self, x) for x in own)
+        )
 
     @property
     def material_base(self) -> Path:
@@ -1288,6 +1321,20 @@ class Config:
     @property
     def storage_owner(self) -> pwd.struct_passwd:
         return pwd.getpwnam(self.owner) if self.owner else invoking_account()
+
+
+class Limits(NamedTuple):
+    """What a student may use; 0 is no limit, but for processes."""
+
+    memory: int  # bytes
+    cpu: float  # processors
+    processes: int  # and threads
+    disk: int  # bytes
+
+
+def parse_limit(name: str, text: str) -> Any:
+    """Read a cell of the list as the key of this name; raises ValueError."""
+    return config_keys()[name]["parse"](text) if text else 0
 
 
 def config_keys() -> dict[str, Mapping[str, Any]]:
@@ -1467,8 +1514,12 @@ def exposed(config: Config, usernames: Iterable[str]) -> Iterator[str]:
 # as other programs export it, under their names for our columns and in their encodings.
 
 # In the order of the fields of `Student`.
-COLUMNS = ("username", "name", "surname", "sys-pass", "nb-pass", "port", "email")
+COLUMNS = (
+    *("username", "name", "surname", "sys-pass", "nb-pass", "port", "email"),
+    *("memory", "cpu", "processes", "disk"),
+)
 MAX_PASSWORD_LENGTH = 200  # what chpasswd(8) surely takes
+MIN_MEMORY = 100 << 20  # with less no kernel starts
 # Letters and digits that cannot be taken for one another on paper.
 PASSWORD_ALPHABET = "".join(set(string.ascii_letters + string.digits) - set("0O1lI"))
 PASSWORD_GROUP = 4  # letters and digits that are read aloud together
@@ -1724,6 +1775,10 @@ class Student:
     nb_pass: str
     port: str
     email: str = ""
+    memory: str = ""
+    cpu: str = ""
+    processes: str = ""
+    disk: str = ""
 
     @property
     def full_name(self) -> str:
@@ -1757,6 +1812,16 @@ def student_problems(student: Student) -> Iterator[str]:
 
     if student.port and not re.fullmatch(r"[0-9]{1,5}", student.port):
         yield f"the port {student.port!r} is not a number; leave it empty for any"
+
+    yield from limit_problems(student)
+
+
+def limit_problems(student: Student) -> Iterator[str]:
+    for column in Limits._fields:
+        try:
+            parse_limit(column, getattr(student, column))
+        except ValueError as error:
+            yield f"{column} = {getattr(student, column)!r}: {error}"
 
 
 class Roster:
@@ -3478,6 +3543,283 @@ def clear_empty_runtime_dir() -> None:
             RUNTIME_DIR.rmdir()
 
 
+# == Limits ================================================================================
+#
+# What each student may use of this host. systemd has all that a user runs in one *slice*,
+# notebooks as well as ssh, for which Linux counts memory, processors and processes: cgroups
+# version 2. A server enters it, in a *scope* of its own, before it builds anything; what it
+# starts stays there. The limits are those of the slice, until the host is restarted: launch
+# sets them again. Elsewhere there is RLIMIT_NPROC alone.
+
+SYSTEMD_DIR = Path("/run/systemd/system")  # it is there if systemd runs: sd_booted(3)
+CGROUP_DIR = Path("/sys/fs/cgroup")
+STUDENTS_SLICE = "user.slice"  # of all users
+# Where systemd keeps properties until the host is restarted, and those that we set.
+CONTROL_FILES = "/run/systemd/system.control"
+PROPERTIES = (
+    "MemoryMax",
+    "MemoryMin",
+    "MemorySwapMax",
+    "CPUQuota",
+    "CPUWeight",
+    "TasksMax",
+)
+NO_LIMIT = (1 << 64) - 1  # org.freedesktop.systemd1(5)
+SCOPE_SECONDS = 10.0  # in which systemd must have moved a process
+TEACHERS_WEIGHT = 10000  # of the processors, where each student has 100: the most there is
+RESERVED_BYTES = 256 << 20  # for root's log-in
+HOSTS_SHARE = 10  # percent of memory and processes that students leave to the host
+
+FULL_SHARE = 0.9  # of the memory, where a cell is interrupted
+USAGE_SECONDS = 1.0  # between two looks at what a student uses
+QUIET_SECONDS = 60.0  # after which something is told again
+
+Call = tuple[str, str, tuple[object, ...]]  # method, signature, arguments
+
+
+class Usage(NamedTuple):
+    """What all processes of a student use, and have been refused."""
+
+    memory: int  # bytes, without what the cache of files can give back
+    memory_limit: int  # bytes; 0: none
+    processes: int
+    process_limit: int
+    killed: int  # processes for want of memory, since the slice is there
+    refused: int  # times that no process could be started
+
+
+def has_slices() -> bool:
+    """Say whether systemd runs this host, with cgroups version 2, and can be asked."""
+    if not SYSTEMD_DIR.exists() or not Path("/run/dbus/system_bus_socket").exists():
+        return False
+    with contextlib.suppress(OSError):  # version 1
+        controllers = CGROUP_DIR.joinpath("cgroup.controllers").read_text().split()
+        return {"cpu", "memory", "pids"} <= {*controllers}
+    return False
+
+
+def slice_of(uid: int) -> str:
+    return f"user-{uid}.slice"
+
+
+def read_counts(path: Path) -> dict[str, int]:
+    """Read a file of cgroups: a number, `max` for none, or lines of names and numbers."""
+    rows = [line.split() for line in path.read_text().splitlines()]
+    return {
+        row[0] if len(row) > 1 else "": int(row[-1].replace("max", "0")) for row in rows
+    }
+
+
+def read_usage(uid: int) -> Usage | None:
+    """Return what a student uses, if they run anything in a slice."""
+    path = CGROUP_DIR / STUDENTS_SLICE / slice_of(uid)
+    try:
+        names = ("memory.current", "memory.max", "pids.current", "pids.max")
+        used, limit, processes, process_limit = (read_counts(path / x)[""] for x in names)
+        parts = read_counts(path / "memory.stat")
+        killed = read_counts(path / "memory.events")["oom_kill"]
+        # Before Linux 6.11 they are counted where the process is, not where the limit is.
+        events = [path / "pids.events", *path.glob("*/pids.events")]
+        refused = sum(read_counts(each)["max"] for each in events)
+    except (OSError, KeyError):
+        return None
+
+    cache = parts["active_file"] + parts["inactive_file"]
+    return Usage(used - cache, limit, processes, process_limit, killed, refused)
+
+
+def is_full(usage: Usage) -> bool:
+    return 0 < usage.memory_limit * FULL_SHARE < usage.memory
+
+
+def news_of(now: Usage, before: Usage) -> Iterator[tuple[str, str]]:
+    """Yield what happens to a student at their limits, for the teacher: kind and words."""
+    limit = format_bytes(now.memory_limit)
+    if now.killed > before.killed:
+        yield (
+            "killed",
+            f"the system has ended a process, for all {limit} of memory were full",
+        )
+    if is_full(now):
+        yield "full", f"{format_bytes(now.memory)} of {limit} of memory are used"
+    if now.refused > before.refused:
+        yield (
+            "refused",
+            f"has all {now.process_limit} processes and threads that are allowed",
+        )
+
+
+def call_systemd(calls: Iterable[Call]) -> None:
+    """Call methods of systemd's manager: org.freedesktop.systemd1(5); raises Error."""
+    import jeepney  # type: ignore[import-untyped]
+    from jeepney.io.blocking import open_dbus_connection  # type: ignore[import-untyped]
+
+    names = "/org/freedesktop/systemd1", "org.freedesktop.systemd1"
+    manager = jeepney.DBusAddress(*names, f"{names[1]}.Manager")
+
+    try:
+        with open_dbus_connection(bus="SYSTEM") as connection:
+            for method, signature, arguments in calls:
+                message = jeepney.new_method_call(manager, method, signature, arguments)
+                answer = connection.send_and_get_reply(message, timeout=SCOPE_SECONDS)
+
+                if answer.header.message_type is jeepney.MessageType.error:
+                    raise Error(f"systemd: {method}: {' '.join(map(str, answer.body))}")
+    except OSError as error:
+        raise Error(f"systemd does not answer: {explain(error)}") from None
+
+
+def properties_call(unit: str, **properties: int) -> Call:
+    """Return the call that sets properties of a unit until the host is restarted."""
+    values = [(name, ("t", value)) for name, value in properties.items()]
+    return "SetUnitProperties", "sba(sv)", (unit, True, values)
+
+
+def limits_call(uid: int, limits: Limits) -> Call:
+    """Return the call that sets a student's limits.
+
+    There is no MemoryHigh: a kernel above it would crawl on for ever. Nor is there swap for
+    who has a limit: what exceeds it has to end at once.
+    """
+    return properties_call(
+        slice_of(uid),
+        MemoryMax=limits.memory or NO_LIMIT,
+        MemorySwapMax=0 if limits.memory else NO_LIMIT,
+        CPUQuotaPerSecUSec=int(limits.cpu * 1e6) or NO_LIMIT,
+        CPUWeight=100,  # as by default; but only who has a weight is counted
+        TasksMax=limits.processes,
+    )
+
+
+def host_calls() -> Iterator[Call]:
+    """Yield the calls that leave the host, its teachers and root enough to go on."""
+    share = (100 - HOSTS_SHARE) / 100
+    threads = int(Path("/proc/sys/kernel/threads-max").read_text())
+
+    for file, name, value in (
+        ("memory.max", "MemoryMax", int(psutil.virtual_memory().total * share)),
+        ("memory.min", "MemoryMin", RESERVED_BYTES),
+        ("pids.max", "TasksMax", int(threads * share)),
+    ):
+        path = CGROUP_DIR / STUDENTS_SLICE / file
+        # What the administrator has set stays.
+        if not path.exists() or not read_counts(path)[""]:
+            yield properties_call(STUDENTS_SLICE, **{name: value})
+
+    yield properties_call(slice_of(0), MemoryMin=RESERVED_BYTES)
+    for uid in {0, invoking_account().pw_uid}:
+        yield properties_call(slice_of(uid), CPUWeight=TEACHERS_WEIGHT)
+
+
+def enter_scope(account: pwd.struct_passwd) -> None:
+    """Move this process into the student's slice. Runs as: root; raises Error."""
+    # By the number of the process: an older scope is there while an old kernel runs.
+    pid = os.getpid()
+    scope = f"notebooks-{account.pw_name}-{pid}.scope"
+    properties = [
+        ("PIDs", ("au", [pid])),
+        ("Slice", ("s", slice_of(account.pw_uid))),
+        # Else it would end the server when the system has ended a kernel.
+        ("OOMPolicy", ("s", "continue")),
+        ("Description", ("s", f"Notebooks of {account.pw_name}")),
+    ]
+    call_systemd(
+        [("StartTransientUnit", "ssa(sv)a(sa(sv))", (scope, "fail", properties, []))]
+    )
+
+    deadline = time.monotonic() + SCOPE_SECONDS
+    while scope not in Path("/proc/self/cgroup").read_text():
+        if time.monotonic() > deadline:
+            raise Error("systemd does not move the server into its slice")
+        time.sleep(0.01)
+
+
+def check_limits(course: Course) -> None:
+    """Raises: UsageError for a limit that this host cannot keep."""
+    config = course.config
+    if has_slices():
+        every = [config.limits_of(each).memory for each in course.roster.students]
+        total = psutil.virtual_memory().total
+        if sum(every) > total:
+            say(
+                f"All students together may use {format_bytes(sum(every))} of memory, this"
+                f" host has {format_bytes(total)}: when that is full, kernels end, the"
+                " largest first."
+            )
+        return
+
+    for student in course.students:
+        limits = config.limits_of(student)
+        if limits.memory or limits.cpu:
+            raise UsageError(
+                f"{student.username}: limits of memory and cpu need systemd, D-Bus and"
+                " cgroups version 2 (stat -f -c %T /sys/fs/cgroup says cgroup2fs); leave"
+                " [Limits] and its columns empty on this host"
+            )
+    say("Nothing limits memory and processors: that needs systemd and cgroups version 2.")
+
+
+def set_limits(limits: Mapping[int, Limits]) -> None:
+    """Set the limits of students, by uid, also of those who run something; raises Error."""
+    if has_slices() and limits:
+        calls = itertools.starmap(limits_call, limits.items())
+        call_systemd([*host_calls(), *calls])
+
+
+def set_quota(account: pwd.struct_passwd, limit: int) -> None:
+    """Limit what a student has on the file system of the home, in bytes; raises Error."""
+    blocks = str(limit // 1024)
+    place = os.path.realpath(account.pw_dir)
+
+    while not os.path.ismount(place):
+        place = os.path.dirname(place)
+
+    try:
+        run_program(
+            ["setquota", "-u", "--", account.pw_name, blocks, blocks, "0", "0", place]
+        )
+    except Error as error:
+        raise Error(
+            f"no limit of disk: {error}; install the package quota, mount {place} with the"
+            f" option usrquota, and run `quotacheck -cum {place}; quotaon {place}`"
+        ) from None
+
+
+def forget_user(account: pwd.struct_passwd) -> None:
+    """Have systemd end what it runs for an account that runs nothing, and forget limits."""
+    if not SYSTEMD_DIR.exists():
+        return
+
+    units = f"user@{account.pw_uid}.service", f"user-runtime-dir@{account.pw_uid}.service"
+    for command in (
+        ["loginctl", "disable-linger", account.pw_name],
+        ["systemctl", "stop", *units],
+        ["systemctl", "reset-failed", *units],
+    ):
+        with contextlib.suppress(Error):  # there is nothing of it
+            run_program(command)
+    forget_limits(slice_of(account.pw_uid))
+
+
+def forget_limits(*units: str) -> None:
+    """Take back what we have set of units, until systemd reads its files again."""
+    # Not with `systemctl revert`, which deletes what the administrator has made, too.
+    for unit, name in itertools.product(units, PROPERTIES):
+        Path(f"{CONTROL_FILES}/{unit}.d/50-{name}.conf").unlink(missing_ok=True)
+    for unit in units:
+        with contextlib.suppress(OSError):
+            Path(f"{CONTROL_FILES}/{unit}.d").rmdir()
+
+
+def forget_host() -> None:
+    """Forget removed accounts' limits, and those of the host if no account is left."""
+    if SYSTEMD_DIR.exists():
+        if not any(map(is_ours, pwd.getpwall())):
+            teachers = {0, invoking_account().pw_uid}
+            forget_limits(STUDENTS_SLICE, *map(slice_of, teachers))
+        run_program(["systemctl", "daemon-reload"])
+
+
 # == Ending processes, and accounts ========================================================
 #
 # `shutdown` ends Jupyter's processes of a student and their descendants, and spares what
@@ -3604,6 +3946,7 @@ def is_starting(pid: int, course: Path | None) -> bool:
     is_fork = read_name(pid) in (SERVER_NAME, TEMPLATE_TITLE[:15])
     if not is_fork or read_status(pid)[:2] != (0, True):
         return False
+
     template = psutil.Process(pid).ppid()
     launcher = " ".join(read_argv(psutil.Process(template).ppid()))
     is_others = launcher.startswith(LAUNCHER_TITLE) and not launcher.endswith(f"{course}")
@@ -3850,6 +4193,7 @@ def end_account(member: Member) -> None:
     with contextlib.suppress(StuckError):  # it may be another student's
         wait_for_starts()
     kill_everything(account)
+    forget_user(account)
     forget_keys(identity_of(account))
     unmount_own(account)
 
@@ -4992,6 +5336,19 @@ OUT_OF_MEMORY = (
     "The kernel was killed, most likely because the machine had no memory left. What it had"
     " computed is gone; run your cells again, with less data.\n"
 )
+MEMORY_LIMIT = (
+    "\nThe kernel of {} was ended: all your notebooks together may use {} of memory, which"
+    " was full. What it had computed is gone; run your cells again, with less data.\n"
+)
+ALMOST_FULL = (
+    "\nThe cell of {} was interrupted, before its kernel had to end: your notebooks"
+    " use {} of {} of memory. Variables are still there: delete large ones (del x), or shut"
+    " down kernels that you do not need.\n"
+)
+PROCESS_LIMIT = (
+    "\nYou have started all {} processes and threads that you may have: programs start no"
+    " others until some of them end.\n"
+)
 KERNEL_ENDED = "The kernel was ended: it {}. Run your cells again."
 TRY_AGAIN = 1012  # has a tab ask about its kernel when its WebSocket is closed: RFC 6455
 
@@ -5007,6 +5364,9 @@ KERNEL_WITHOUT_DEBUGGER = (
     " sys.modules['debugpy.server'] = None;"
     " runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
 )
+
+# Starts a kernel so that it ends before its server when memory is full: choom(1).
+CHOOM = "/usr/bin/choom", "-n", "500", "--"
 
 # Programs of the course, and those that look for their files beside the course's Python.
 COURSE_BIN = Path(sys.executable).parent
@@ -5038,6 +5398,8 @@ class ServerOrder(Message):
     idle_seconds: int = 0
     idle_kernel_seconds: int = 0
     busy_minutes: int = 0
+    processes: int = 1000
+    has_slice: bool = False
     debugger: bool = False
     tcp_kernels: bool = False
     own_packages: bool = False
@@ -5145,6 +5507,8 @@ class StudentKernelSpecs(Upstream):  # type: ignore[misc]
             spec.argv[0] = student_python(order)
         if not order.debugger:  # JupyterLab greys out its button
             spec.metadata = {**spec.metadata, "debugger": False}
+        if os.path.exists(CHOOM[0]) and shutil.which(spec.argv[0]):
+            spec.argv = [*CHOOM, *spec.argv]
         return spec
 
 
@@ -5235,6 +5599,9 @@ class StudentKernels(Upstream):  # type: ignore[misc]
     order: ServerOrder
     start_path: str
     transports: dict[str, str]  # by the names of kernels
+    notebooks: dict[str, str]  # file names, by the ids of kernels
+    watch: "asyncio.Task[None] | None" = None
+    killed = 0  # processes, of which has been told
 
     async def start_kernel(self, **options: Any) -> str:
         options["path"] = options.get("path") or self.start_path
@@ -5254,6 +5621,8 @@ class StudentKernels(Upstream):  # type: ignore[misc]
                 kernel, is_last = self.get_kernel(kernel_id), i == len(tried) - 1
                 reason = await hear_kernel(kernel, is_last)
             if not reason:
+                path = options.get("env", {}).get("JPY_SESSION_NAME", "a notebook")
+                self.notebooks[kernel_id] = os.path.basename(path)
                 return self.keep_kernel(kernel_id, name, transport)
             silent = transport if reason == SILENT else ""
             await self.shutdown_kernel(kernel_id, now=True)
@@ -5266,6 +5635,8 @@ class StudentKernels(Upstream):  # type: ignore[misc]
 
     def keep_kernel(self, kernel_id: str, name: str, transport: str) -> str:
         self.transports[name] = transport
+        if not self.watch:
+            self.watch = asyncio.get_running_loop().create_task(self.watch_usage())
         died = functools.partial(self.tell_of_death, kernel_id)
         self.add_restart_callback(kernel_id, died)
         return kernel_id
@@ -5301,12 +5672,48 @@ class StudentKernels(Upstream):  # type: ignore[misc]
         process = getattr(self.get_kernel(kernel_id).provisioner, "process", None)
         if not process or process.poll() != -signal.SIGKILL:
             return
-        for tab in self.tabs_of(kernel_id):
-            words = tab.unread.stream_parts(OUT_OF_MEMORY)
-            tab.handle_outgoing_message(tab.channels["iopub"], words)
+
+        usage, text = read_usage(os.getuid()), OUT_OF_MEMORY
+        if usage and usage.memory_limit and usage.killed > self.killed:
+            self.killed, limit = usage.killed, format_bytes(usage.memory_limit)
+            text = MEMORY_LIMIT.format(self.notebooks.get(kernel_id), limit)
+        self.tell(kernel_id, text)
+
+    def tell(self, kernel_id: str, text: str) -> None:
+        """Show text in the tabs of a kernel, below its cell; if it has none, in all."""
+        every = self.parent.kernel_websocket_connection_class._open_sockets
+        for tab in self.tabs_of(kernel_id) or every:
+            tab.handle_outgoing_message(
+                tab.channels["iopub"], tab.unread.stream_parts(text)
+            )
         if waiting := self.waiting_for(kernel_id):
-            words = waiting["buffer"].stream_parts(OUT_OF_MEMORY)
-            waiting["buffer"].append(("iopub", words))
+            waiting["buffer"].append(("iopub", waiting["buffer"].stream_parts(text)))
+
+    async def watch_usage(self) -> None:
+        """Interrupt the largest kernel before the system kills it, and say why."""
+        before, last_told, bound = read_usage(os.getuid()), -QUIET_SECONDS, 0.0
+        while before:
+            await asyncio.sleep(USAGE_SECONDS)
+            usage = read_usage(os.getuid()) or before
+            sizes = {x: memory_of(self.get_kernel(x)) for x in self.list_kernel_ids()}
+            largest = max(sizes, key=sizes.__getitem__, default="")
+
+            # What is there already may stay: again only if there is more.
+            if not is_full(usage):
+                bound = 0.0
+            elif largest and usage.memory > bound:
+                bound = usage.memory + usage.memory_limit * (1 - FULL_SHARE) / 4
+                amounts = map(format_bytes, (usage.memory, usage.memory_limit))
+                self.tell(
+                    largest, ALMOST_FULL.format(self.notebooks.get(largest), *amounts)
+                )
+                await self.interrupt_kernel(largest)
+
+            if largest and usage.refused > before.refused:
+                if time.monotonic() - last_told > QUIET_SECONDS:
+                    self.tell(largest, PROCESS_LIMIT.format(usage.process_limit))
+                last_told = time.monotonic()
+            before = usage
 
     async def cull_kernel_if_idle(self, kernel_id: str) -> None:
         """End a kernel that is not used, or computes for nobody. Called once a minute."""
@@ -5521,6 +5928,16 @@ class StudentTab(Upstream):  # type: ignore[misc]
             self.limit_rate = limited
 
 
+def memory_of(kernel: Any) -> int:
+    """Return the bytes of a kernel and what it has started."""
+    total = 0
+    with contextlib.suppress(AttributeError, psutil.Error):  # not local, or ended
+        process = psutil.Process(kernel.provisioner.pid)
+        for each in (process, *process.children(recursive=True)):
+            total += each.memory_info().rss
+    return total
+
+
 def end_file(name: str) -> Path:
     """Return where the end of a kernel or terminal is told, also by the next server."""
     return Path(os.environ["JUPYTER_RUNTIME_DIR"], f"ended-{name}")
@@ -5540,8 +5957,7 @@ STRANGER_SECONDS = 20.0  # in which it must have come
 MAX_STRANGERS = 100  # connections of those who have not logged in
 SESSION_DAYS = 30  # until a browser forgets a log-in, as Tornado has it
 NEVER_SECONDS = 100 * 365 * 24 * 3600
-MAX_PROCESSES = 1000  # and threads (RLIMIT_NPROC): stops a fork bomb
-OOM_SCORE = "500"  # in their disfavour when memory runs out: proc(5), oom_score_adj
+OOM_SCORE = "300"  # in their disfavour when memory runs out: proc(5), oom_score_adj
 
 # What the menu *Save and export as* offers.
 EXPORTS = (
@@ -5675,7 +6091,11 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
                 "shell_command": [*TERMINAL_SHELL, str(start_dir), account.pw_shell, "-l"]
             },
             "kernel_manager_class": with_upstream(
-                StudentKernels, order=order, start_path=start_path, transports={}
+                StudentKernels,
+                order=order,
+                start_path=start_path,
+                transports={},
+                notebooks={},
             ),
             "kernel_spec_manager_class": with_upstream(StudentKernelSpecs, order=order),
             "kernel_websocket_connection_class": with_upstream(StudentTab),
@@ -5727,7 +6147,17 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
         LabApp={**lab, "extension_manager": "readonly", "news_url": None},
         JupyterNotebookApp=lab,
         LabServerApp=lab,
+        # What jupyter-resource-usage shows, which calls it with what is used.
+        ResourceUseDisplay={"mem_limit": lambda **used: memory_limit()}
+        if order.has_slice
+        else {},
     )
+
+
+def memory_limit() -> int:
+    """Return how many bytes the student of this process may use, or the host has."""
+    usage = read_usage(os.getuid())
+    return (usage and usage.memory_limit) or psutil.virtual_memory().total
 
 
 class StudentIdentity(Upstream):  # type: ignore[misc]
@@ -5905,7 +6335,9 @@ def become_server(
     # with root's afterwards.
     account = pwd.getpwnam(order.username)
     control = bind_control_socket(order.port)
-    resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
+    if order.has_slice:
+        enter_scope(account)  # at once: memory is counted where it was first touched
+    resource.setrlimit(resource.RLIMIT_NPROC, (order.processes, order.processes))
     with contextlib.suppress(OSError):  # in a container it may be higher already
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     setproctitle.setproctitle(f"{SERVER_TITLE}{order.username} in {order.course}")
@@ -6112,7 +6544,7 @@ START_SECONDS = 60.0  # for a fork to answer, and again for a server to name its
 ANSWER_SECONDS = 5.0  # in which the launcher must have said what it has to say
 STOP_SECONDS = 1.5  # in which a helper must have ended
 EXIT_REPORT_SECONDS = 1.0  # in which a template has reported an end that we see
-TRIAL_SECONDS = 30  # in which all extensions must have started
+TRIAL_SECONDS = 60  # in which all extensions must have started
 
 # Extensions that may start again in a process that has rehearsed their start.
 REHEARSED = ("jupyter_server_terminals", "jupyterlab", "notebook", "notebook_shim")
@@ -6122,7 +6554,7 @@ REHEARSED = ("jupyter_server_terminals", "jupyterlab", "notebook", "notebook_shi
 # fails if one is missing.
 SERVER_MODULES = (
     *("anyio._backends._asyncio", "babel.dates", "ipykernel.kernelspec"),
-    *("jupyter_core.migrate", "notebook.app"),
+    *("jeepney.io.blocking", "jupyter_core.migrate", "notebook.app"),
 )
 
 
@@ -6806,6 +7238,7 @@ async def serve_connection(
 
     strangers.admit(connection, address[0])
     stream: iostream.IOStream
+
     try:
         connection.setblocking(False)
         await wait_readable(connection.fileno(), PAGE_SECONDS)
@@ -6818,6 +7251,7 @@ async def serve_connection(
             stream = iostream.SSLIOStream(connection)
         else:
             stream = iostream.IOStream(connection)
+
         server.handle_stream(stream, address)
     except OSError:  # TimeoutError too
         connection.close()
@@ -7121,6 +7555,7 @@ class StartContext:
     slots: asyncio.Semaphore  # of those that start at once
     ports: str = ""  # for people
     tell: Callable[[], None] = lambda: None  # the page that something has changed
+    has_limits: bool = False  # of memory and processors, by slices
 
 
 @dataclasses.dataclass
@@ -7361,6 +7796,8 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         idle_seconds=config.idle_minutes * 60,
         idle_kernel_seconds=(config.idle_kernel_minutes or config.idle_minutes) * 60,
         busy_minutes=config.busy_minutes,
+        processes=config.limits_of(server.member.student).processes,
+        has_slice=context.has_limits,
         debugger=config.debugger,
         tcp_kernels=config.tcp_kernels,
         certificate=certificate,
@@ -7427,7 +7864,9 @@ class Launcher:
         self.reload_wanted = asyncio.Event()
         self.end = certificate.end()
         self.context.tell = self.web.greet
+        self.context.has_limits = has_slices()
         self.announced = False
+        self.limits: dict[int, Limits] = {}  # which systemd knows, by uid
         self.left: set[str] = set()  # who had a server, and left
         self.memory = 0  # of all students, in bytes
 
@@ -7491,7 +7930,7 @@ class Launcher:
         # `command_launch` has blocked it: until now it would have ended us.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
-        extra = [self.show_status(), self.watch_certificate()]
+        extra = [self.show_status(), self.watch_certificate(), self.watch_usage()]
         status = [loop.create_task(each) for each in extra]
         work: list[Any] = [
             *(stop.wait(), self.run_servers()),
@@ -7545,6 +7984,43 @@ class Launcher:
     def count(self, state: ServerState) -> int:
         return sum(server.state is state for server in self.servers.values())
 
+    def limit(self) -> None:
+        """Set the limits that have changed; raises Error if one cannot be kept."""
+        config = self.context.config
+        members = [server.member for server in self.servers.values()]
+        limits = {x.uid: config.limits_of(x.student) for x in members}
+
+        try:
+            set_limits(dict(limits.items() - self.limits.items()))
+        except Error as error:
+            if any(each.memory or each.cpu for each in limits.values()):
+                raise
+            log.warning("nothing limits memory and processors: %s", error)
+            self.context.has_limits = False
+        self.limits = limits
+
+    async def watch_usage(self) -> None:
+        """Tell the teacher once of each student who has come to a limit."""
+        known: dict[int, Usage] = {}
+        last_told: dict[tuple[str, str], float] = {}
+        while self.context.has_limits:
+            used, now = 0, time.monotonic()
+            for server in list(self.servers.values()):
+                uid, name = server.member.uid, server.username
+                usage = read_usage(uid)
+                if not usage:
+                    continue
+
+                used += usage.memory
+                for kind, words in news_of(usage, known.get(uid, usage)):
+                    if now - last_told.get((name, kind), -QUIET_SECONDS) >= QUIET_SECONDS:
+                        log.warning("%s: %s", name, words)
+                    last_told[name, kind] = now
+                known[uid] = usage
+
+            self.memory = used
+            await asyncio.sleep(USAGE_SECONDS)
+
     def hand_over(self, certificate: Certificate) -> None:
         """Serve with a certificate from now on, on all ports."""
         self.context.certificate, self.end = certificate, certificate.end()
@@ -7581,7 +8057,8 @@ class Launcher:
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
 
-        threading.Thread(target=self.watch_memory, daemon=True).start()
+        if not self.context.has_limits:
+            threading.Thread(target=self.watch_memory, daemon=True).start()
         status = tqdm(bar_format="{desc}", file=sys.stderr, leave=False)
         with logging_redirect_tqdm(), status as line:
             while True:
@@ -7641,6 +8118,10 @@ class Launcher:
             self.hand_over(certificate)
             self.say_fingerprints()
         new = [server for server in self.servers.values() if not server.task]
+        try:
+            await asyncio.to_thread(self.limit)
+        except Error as error:
+            log.error("the limits are those from before: %s", error)
         for server in new:
             server.start_tending(self.context)
         self.web.greet()
@@ -7825,6 +8306,7 @@ def command_setup(course: Course) -> int:
         done = ensure_accounts(course, outcome)
         members = outcome.members([*done])
         furnish = functools.partial(furnish_home, config)
+        ensure_limits(config, members, outcome)
         for member, _ in outcome.each(furnish, members, "homes"):
             counts[done[member.student]] += 1
             outcome.done(member.username, done[member.student])
@@ -7941,6 +8423,20 @@ def ensure_accounts(course: Course, outcome: Outcome) -> dict[Student, str]:
             with uninterrupted(), outcome.step(student.username):
                 set_missing_password(student, config)
     return done
+
+
+def ensure_limits(config: Config, members: Sequence[Member], outcome: Outcome) -> None:
+    """Set limits of these members, also of those who run something."""
+    limits = {member.uid: config.limits_of(member.student) for member in members}
+    try:
+        set_limits(limits)
+    except Error as error:
+        log.warning("the limits are not set: %s", error)
+
+    for member in members:
+        with outcome.step(member.username):
+            if limits[member.uid].disk or config.disk:
+                set_quota(member.account, limits[member.uid].disk)
 
 
 def furnish_home(config: Config, member: Member) -> None:
@@ -8219,12 +8715,14 @@ def command_launch(course: Course) -> int:
         )
 
     ensure_capacity(course)
+    check_limits(course)
     certificate = ensure_certificate(config)
     launcher = Launcher(course, certificate, bind_base_port(config))
     with roster.locked():
         launcher.open_servers(course)
         launcher.save_ports(roster)
     launcher.hand_over(certificate)  # to those that were adopted
+    launcher.limit()
     return asyncio.run(launcher.run())
 
 
@@ -8329,6 +8827,8 @@ def command_remove(course: Course) -> int:
         doomed = [x for x in members if x not in others and may_go(x, config)]
         deleted = delete_accounts(doomed, course, outcome)
         leave_members(others, course, outcome)
+        with outcome.step("systemd"):
+            forget_host()
 
     reload_launcher(config)
     group = f", group {config.group} deleted" if remove_empty_group(config.group) else ""
@@ -8374,6 +8874,8 @@ def leave_members(members: Sequence[Member], course: Course, outcome: Outcome) -
             reason = reason_to_stay(member, config) or "was somebody else's"
             outcome.done(member.username, f"{reason}; the account stays")
             leave_course(member, config, roster)
+            if not is_ours(member.account):  # else another course has it
+                forget_limits(slice_of(member.uid))
     roster.save()
 
 

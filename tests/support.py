@@ -80,6 +80,7 @@ SECTIONS = {
     " start_page port list_students on_demand idle_minutes idle_kernel_minutes debugger"
     " tcp_kernels own_packages busy_minutes",
     "Shutdown": "storage_dir owner retrieve_limit archive_dir archive_limit",
+    "Limits": "memory cpu processes disk",
 }
 CA_CONFIGURATION = """\
 [ca]

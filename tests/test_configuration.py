@@ -86,6 +86,10 @@ def test_an_empty_file_gives_the_defaults_beside_it(tmp_path: Path) -> None:
         retrieve_limit=1 << 30,
         archive_dir=None,
         archive_limit=10 << 30,
+        memory=0,
+        cpu=0.0,
+        processes=1000,
+        disk=0,
         environment={},
     )
     assert config.start_dir == Path("course/material")
@@ -132,7 +136,7 @@ def test_the_defaults_in_the_sample_are_the_defaults() -> None:
 def test_the_readme_lists_each_key_with_its_default() -> None:
     text = (support.ROOT / "README.rst").read_text()
     for section in support.SECTIONS:
-        table = text.partition(f"``[{section}]``")[2].partition("\n\n")[0]
+        table = text.partition(f"\n``[{section}]`` ")[2].partition("\n\n")[0]
         rows = re.findall(r"^``(\w+)`` +(?:``(\S+)``)?", table, re.MULTILINE)
         rows = [
             (key, notebooks.IGNORE if key == "ignore" else default) for key, default in rows
@@ -235,7 +239,11 @@ def test_a_bad_value_is_refused_with_what_is_right(
         ("[Shutdown]\nx=1", "[Shutdown] x", "retrieve_limit, archive_dir, archive_limit"),
         ("[setup]", "[setup]: unknown section", "did you mean `Setup`?"),
         ("[Lunch]\nport=1", "[Lunch]: unknown section", "did you mean `Launch`?"),
-        ("[DEFAULT]\nport=1", "[DEFAULT]: unknown section", "Shutdown, Environment"),
+        (
+            "[DEFAULT]\nport=1",
+            "[DEFAULT]: unknown section",
+            "Shutdown, Limits, Environment",
+        ),
         ("[environment]\nA=1", "[environment]: unknown section", "`Environment`?"),
     ],
 )

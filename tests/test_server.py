@@ -338,7 +338,7 @@ def test_kernels_have_the_groups_and_the_limits_of_their_student(
     groups = os.getgrouplist(student, pwd.getpwnam(student).pw_gid)
     assert course.group in shell(notebook, "id -nG").split()
     assert notebook.execute("sorted(os.getgroups())") == repr(sorted(groups))
-    assert shell(notebook, "bash -c 'ulimit -Hu'") == str(notebooks.MAX_PROCESSES)
+    assert shell(notebook, "bash -c 'ulimit -Hu'") == str(1000)
 
 
 def test_what_students_run_ends_first_when_memory_runs_out(
@@ -347,7 +347,8 @@ def test_what_students_run_ends_first_when_memory_runs_out(
     def score(pid: object) -> str:
         return Path(f"/proc/{pid}/oom_score_adj").read_text().strip()
 
-    assert shell(notebook, "cat /proc/self/oom_score_adj") == notebooks.OOM_SCORE
+    assert shell(notebook, "cat /proc/self/oom_score_adj") == notebooks.CHOOM[2]
+    assert int(notebooks.CHOOM[2]) > int(notebooks.OOM_SCORE)  # the server's
     assert score(course.server(student).pid) == notebooks.OOM_SCORE
     assert score(running.launch.pid) == score("self")
 

@@ -163,7 +163,7 @@ def choose_value(chance: random.Random, delimiter: str) -> str:
 
 def write_list(chance: random.Random) -> Written:
     delimiter, newline = chance.choice(",;\t"), chance.choice(("\n", "\r\n", "\r"))
-    columns = ["größe", *chance.sample(notebooks.COLUMNS[1:], chance.randrange(7))]
+    columns = ["größe", *chance.sample(notebooks.COLUMNS[:7][1:], chance.randrange(7))]
     columns += chance.sample(["Note 1", "", "x"], 2)
     columns.insert(chance.randrange(len(columns)), "username")
     rows = [[write_cell(name, delimiter, chance.random() < 0.3) for name in columns]]
