@@ -5602,6 +5602,8 @@ class StudentKernels(Upstream):  # type: ignore[misc]
     notebooks: dict[str, str]  # file names, by the ids of kernels
     watch: "asyncio.Task[None] | None" = None
     killed = 0  # processes, of which has been told
+    bound = 0.0  # bytes, above which a kernel is interrupted again
+    last_refused = -QUIET_SECONDS  # when a process was
 
     async def start_kernel(self, **options: Any) -> str:
         options["path"] = options.get("path") or self.start_path
@@ -5690,30 +5692,41 @@ class StudentKernels(Upstream):  # type: ignore[misc]
             waiting["buffer"].append(("iopub", waiting["buffer"].stream_parts(text)))
 
     async def watch_usage(self) -> None:
-        """Interrupt the largest kernel before the system kills it, and say why."""
-        before, last_told, bound = read_usage(os.getuid()), -QUIET_SECONDS, 0.0
+        """Look what the student uses, for as long as this server is in a slice."""
+        before = read_usage(os.getuid())
         while before:
             await asyncio.sleep(USAGE_SECONDS)
             usage = read_usage(os.getuid()) or before
-            sizes = {x: memory_of(self.get_kernel(x)) for x in self.list_kernel_ids()}
-            largest = max(sizes, key=sizes.__getitem__, default="")
-
-            # What is there already may stay: again only if there is more.
-            if not is_full(usage):
-                bound = 0.0
-            elif largest and usage.memory > bound:
-                bound = usage.memory + usage.memory_limit * (1 - FULL_SHARE) / 4
-                amounts = map(format_bytes, (usage.memory, usage.memory_limit))
-                self.tell(
-                    largest, ALMOST_FULL.format(self.notebooks.get(largest), *amounts)
-                )
-                await self.interrupt_kernel(largest)
-
-            if largest and usage.refused > before.refused:
-                if time.monotonic() - last_told > QUIET_SECONDS:
-                    self.tell(largest, PROCESS_LIMIT.format(usage.process_limit))
-                last_told = time.monotonic()
+            try:
+                await self.heed(usage, before)
+            except Exception:  # such as a tab or a kernel that has just gone
+                self.log.exception("the limits could not be told")
             before = usage
+
+    async def heed(self, usage: Usage, before: Usage) -> None:
+        """Interrupt the largest kernel before the system kills it, and say why."""
+        is_refused = usage.refused > before.refused
+        if not is_full(usage):
+            self.bound = 0.0
+        if not is_full(usage) and not is_refused:
+            return
+
+        # Only now, for it takes a look at all processes of the host.
+        sizes = {x: memory_of(self.get_kernel(x)) for x in self.list_kernel_ids()}
+        largest = max(sizes, key=sizes.__getitem__, default="")
+        if not largest:
+            return
+
+        if is_refused:
+            if time.monotonic() - self.last_refused > QUIET_SECONDS:
+                self.tell(largest, PROCESS_LIMIT.format(usage.process_limit))
+            self.last_refused = time.monotonic()
+        # What is there already may stay: again only if there is more.
+        if is_full(usage) and usage.memory > self.bound:
+            self.bound = usage.memory + usage.memory_limit * (1 - FULL_SHARE) / 4
+            amounts = map(format_bytes, (usage.memory, usage.memory_limit))
+            self.tell(largest, ALMOST_FULL.format(self.notebooks.get(largest), *amounts))
+            await self.interrupt_kernel(largest)
 
     async def cull_kernel_if_idle(self, kernel_id: str) -> None:
         """End a kernel that is not used, or computes for nobody. Called once a minute."""
