@@ -37,6 +37,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pexpect
 import psutil
+import pytest
 import websocket
 from selenium.common.exceptions import (
     WebDriverException,
@@ -464,14 +465,32 @@ os.close(fuse)
 
 
 @contextlib.contextmanager
-def fuse_device() -> Iterator[Path]:
-    """Yield a device for FUSE that everybody may use."""
+def own_file_system(
+    username: str, code: str, point: Path, *arguments: str
+) -> Iterator["subprocess.Popen[str]"]:
+    """Have a student mount it at `point` and run code, which prints a line as it begins."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         device = Path(directory, "fuse")
         os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(10, 229))
         for path in (Path(directory), device):
             path.chmod(0o777)
-        yield device
+
+        program = ["/usr/bin/python3", "-c", OWN_FILE_SYSTEM + code]
+        with subprocess.Popen(
+            [*program, str(device), str(point), *arguments],
+            user=username,
+            group=username,
+            extra_groups=[],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                assert process.stdout
+                if not process.stdout.readline():
+                    pytest.skip("needs FUSE in user namespaces")
+                yield process
+            finally:
+                process.kill()
 
 
 @contextlib.contextmanager

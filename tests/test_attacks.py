@@ -29,11 +29,10 @@ import pytest
 import notebooks
 from conftest import CourseMaker
 from support import (
-    OWN_FILE_SYSTEM,
     ROOT,
     Course,
     fetch,
-    fuse_device,
+    own_file_system,
     processes_of,
     wait_until,
 )
@@ -441,9 +440,7 @@ def test_remove_leaves_what_root_has_mounted_in_a_home(make_course: CourseMaker)
 
 # To read a directory into memory that is a file of FUSE is to wait, with the directory
 # locked, for what is in that file.
-HOLD_DIRECTORY = (
-    OWN_FILE_SYSTEM
-    + """
+HOLD_DIRECTORY = """
 file = os.open(f"{point}/file", os.O_RDWR)
 memory = mmap.mmap(file, 4096)
 directory = os.open(sys.argv[3], os.O_RDONLY | os.O_DIRECTORY)
@@ -451,7 +448,6 @@ address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 print("holding", flush=True)
 libc.syscall(217, directory, ctypes.c_void_p(address), 4096)
 """
-)
 
 
 @contextlib.contextmanager
@@ -459,26 +455,14 @@ def directory_held(
     course: Course, username: str, held: Path | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     """Have a student keep a directory locked: the course's, which is open to all."""
-    with fuse_device() as device:
-        point = course.home(username) / "point"
-        with subprocess.Popen(
-            ["/usr/bin/python3", "-c", HOLD_DIRECTORY]
-            + [str(device), str(point), str(held or course.directory), "silent"],
-            user=username,
-            group=username,
-            extra_groups=[],
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as holder:
-            try:
-                assert holder.stdout
-                if not holder.stdout.readline():
-                    pytest.skip("needs FUSE in user namespaces")
-                call = Path(f"/proc/{holder.pid}/syscall")
-                wait_until(lambda: call.read_text().startswith("217 "), 10, "the lock")
-                yield holder
-            finally:
-                course.check("shutdown", "--everything", "--only", username)
+    arguments = course.home(username) / "point", str(held or course.directory), "silent"
+    with own_file_system(username, HOLD_DIRECTORY, *arguments) as holder:
+        try:
+            call = Path(f"/proc/{holder.pid}/syscall")
+            wait_until(lambda: call.read_text().startswith("217 "), 10, "the lock")
+            yield holder
+        finally:
+            course.check("shutdown", "--everything", "--only", username)
 
 
 def test_a_student_who_locks_the_directory_of_the_course_stops_nobody(

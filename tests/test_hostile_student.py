@@ -21,14 +21,13 @@ import pytest
 from conftest import CourseMaker
 from support import (
     ENVIRONMENT,
-    OWN_FILE_SYSTEM,
     Course,
     Launch,
     Notebook,
     Response,
     fetch,
-    fuse_device,
     is_ours,
+    own_file_system,
     run_as,
     wait_until,
 )
@@ -324,9 +323,7 @@ def test_a_student_can_signal_only_their_own_server(running: Running) -> None:
 # To map a file of FUSE a second time, past the cache, is to wait in mmap(2) for what is
 # dirty in it to be written, which is never answered: until then the memory map of the
 # process is locked.
-HOLD_MAP = (
-    OWN_FILE_SYSTEM
-    + """
+HOLD_MAP = """
 first = os.open(f"{point}/file", os.O_RDWR)
 memory = mmap.mmap(first, 4096)
 memory[0] = 1
@@ -334,7 +331,6 @@ second = os.open(f"{point}/file", os.O_RDONLY)
 print("holding", flush=True)
 mmap.mmap(second, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ)
 """
-)
 
 
 def test_a_process_that_cannot_be_looked_at_holds_nobody_up(
@@ -344,32 +340,12 @@ def test_a_process_that_cannot_be_looked_at_holds_nobody_up(
     course.check("setup")
     launch = course.launch().wait_ready()
     hostile, other = course.students
-    with fuse_device() as device:
-        for command in (["shutdown"], ["remove", "--yes"]):
-            with subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    HOLD_MAP,
-                    device,
-                    course.home(hostile) / command[0],
-                ],
-                user=hostile,
-                group=hostile,
-                extra_groups=[],
-                stdout=subprocess.PIPE,
-                text=True,
-            ) as holder:
-                try:
-                    assert holder.stdout
-                    if not holder.stdout.readline():
-                        pytest.skip("needs FUSE in user namespaces")
-                    status = Path(f"/proc/{holder.pid}/status")
-                    stuck = "\nState:\tD"
-                    wait_until(lambda: stuck in status.read_text(), 10, "the lock")
-                    course.check(*command)
-                    holder.communicate()
-                finally:
-                    holder.kill()
-            assert course.processes() == []
-        assert launch.process.poll() is None
+    for command in (["shutdown"], ["remove", "--yes"]):
+        point = course.home(hostile) / command[0]
+        with own_file_system(hostile, HOLD_MAP, point) as holder:
+            status = Path(f"/proc/{holder.pid}/status")
+            wait_until(lambda: "\nState:\tD" in status.read_text(), 10, "the lock")
+            course.check(*command)
+            holder.communicate()
+        assert course.processes() == []
+    assert launch.process.poll() is None
