@@ -6350,7 +6350,8 @@ def become_server(
     control = bind_control_socket(order.port)
     if order.has_slice:
         enter_scope(account)  # at once: memory is counted where it was first touched
-    resource.setrlimit(resource.RLIMIT_NPROC, (order.processes, order.processes))
+    else:
+        resource.setrlimit(resource.RLIMIT_NPROC, (order.processes, order.processes))
     with contextlib.suppress(OSError):  # in a container it may be higher already
         Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     setproctitle.setproctitle(f"{SERVER_TITLE}{order.username} in {order.course}")

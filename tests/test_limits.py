@@ -89,6 +89,7 @@ def limit_of_processes(course: Course, username: str) -> str:
 
 
 @pytest.mark.root
+@needs_no_slices
 def test_a_student_may_have_as_many_processes_as_their_row_says(
     make_course: CourseMaker,
 ) -> None:

@@ -61,6 +61,48 @@ BUSY_LOOPS = """
 import subprocess
 loops = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(8)]
 """
+# In the machine: start a launch, and measure what its servers and those who move them cost.
+MEASURE = r"""
+import json, os, re, subprocess, sys, time
+from pathlib import Path
+
+def seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+def pids(pattern):
+    done = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True)
+    return [int(pid) for pid in done.stdout.split()]
+
+def private(pid):
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(x) for x in re.findall(r"Private_\w+: *(\d+)", text)) / 1024
+
+command, log = sys.argv[1:], Path("/root/measure.log")
+movers = [1, *pids("^/usr/bin/dbus-daemon")]
+before = sum(map(seconds, movers))
+with log.open("w") as file:
+    launch = subprocess.Popen(command, stdout=file, stderr=file)
+while "Ready: " not in log.read_text():
+    time.sleep(0.5)
+    assert launch.poll() is None, log.read_text()
+servers = pids("^notebooks.py: notebook server of ")
+moved = sum(map(seconds, movers)) - before
+
+(launcher,) = pids("^notebooks.py: launcher of ")
+begin = seconds(launcher), time.monotonic()
+time.sleep(30)
+look = (seconds(launcher) - begin[0]) / (time.monotonic() - begin[1])
+print(json.dumps({
+    "servers": len(servers),
+    "CPU s of a start": sum(map(seconds, servers)) / len(servers),
+    "CPU s of systemd and D-Bus for it": moved / len(servers),
+    "private MB": sum(map(private, servers)) / len(servers),
+    "CPU s of the launcher in a second": look,
+}))
+os.kill(launcher, 15)
+launch.wait()
+"""
 FORK_FOR_EVER = """
 import os
 while True:
@@ -487,10 +529,13 @@ def test_limits_are_those_of_the_last_reload_also_for_what_runs(lab: Lab) -> Non
     wait_for("ada", str(400 * MEGABYTE), "150000 100000", "200")
     wait_for("bob", str(600 * MEGABYTE), "150000 100000", "300")
 
-    lab.set_limits({"bob": {"cpu": "0.5"}}, memory="500M", processes="250")
+    lab.set_limits({"bob": {"cpu": "0.5"}}, memory="500M", processes="2000")
     lab.systemctl("reload")
-    wait_for("ada", str(500 * MEGABYTE), "max 100000", "250")
-    wait_for("bob", str(500 * MEGABYTE), "50000 100000", "250")
+    wait_for("ada", str(500 * MEGABYTE), "max 100000", "2000")
+    wait_for("bob", str(500 * MEGABYTE), "50000 100000", "2000")
+    own_limits = lab.machine.read(f"/proc/{servers[0]}/limits")
+    (most,) = re.findall(r"(?m)^Max processes +(\S+)", own_limits)
+    assert most == "unlimited" or int(most) >= 2000
 
     lab.set_limits({})
     lab.systemctl("reload")
@@ -736,3 +781,30 @@ def test_students_without_limits_leave_the_host_enough_memory(small_lab: Lab) ->
     assert not ssh("systemctl --failed --no-legend")
     killed = ssh("journalctl -b -k --no-pager | grep -F oom-kill:").splitlines()
     assert killed and all("CONSTRAINT_MEMCG" in line for line in killed), killed
+
+
+def test_what_limits_cost_is_measured(machine: Machine, labs: dict[str, Lab]) -> None:
+    """100 students, by turns with limits and without; so fast is only this machine."""
+    ssh, config = machine.ssh, "/root/cost/notebooks.cfg"
+    machine.boot("6G")
+    # Else each of 100 passwords takes seconds.
+    ssh("sed -i 's/yescrypt/sha256 rounds=1000/' /etc/pam.d/common-password")
+    ssh("mkdir -m 0700 /root/cost /root/cost/material")
+    names = "".join(f"student{i}\n" for i in range(100))
+    machine.write("/root/cost/students.csv", f"username\n{names}")
+    machine.write(config, "[Launch]\nport = 9000\n[Limits]\nmemory = 2G\n")
+    machine.write("/root/measure.py", MEASURE)
+    assert machine.run(f"{SCRIPT} setup {config}", seconds=3600).returncode == 0
+    free = config.replace("notebooks.cfg", "free.cfg")
+    ssh(f"grep -v memory {config} >{free}")
+
+    # Whom systemd's bus is hidden from has no slices.
+    hide = "unshare -m sh -c 'mount -t tmpfs hidden /run/dbus; exec \"$@\"' sh"
+    for _ in range(2):
+        for file, prefix in ((config, ""), (free, hide)):
+            run = f"python3 /root/measure.py {prefix} {SCRIPT} launch {file}"
+            done = machine.run(run, seconds=3600)
+            assert done.returncode == 0, done
+            print(file, done.stdout)
+            assert json.loads(done.stdout)["servers"] == 100
+            ssh(f"{SCRIPT} shutdown {file}")
