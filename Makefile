@@ -5,7 +5,8 @@
 #   make upgrade     install, and the newest releases of all packages within a major version
 #   make demo        install, then run the sample course from a copy of it in $(DEMO)
 #   make undo-demo   end the demo and delete its accounts, its files and the installation
-#   make test        install what tests need, then check, all tests, and their coverage
+#   make test        install what tests need, then check, and all tests
+#   make coverage    the same, and measure what of notebooks.py the tests run: takes longer
 #   make test-vm     tests of the service, of limits and reboots in a virtual machine of Debian 12
 #                    (make test-vm SUITE=trixie: 13); an hour where KVM does not work
 #   make check       ruff, mypy and radon alone
@@ -42,6 +43,7 @@ INSTALLED = $(TEST_PREFIX)/installed $(NBGRADER_PREFIX)/installed \
     $(KERNELS_PREFIX)/installed $(EXTENSIONS_PREFIX)/installed
 TESTS := tests/test_idle.py $(shell ls -S tests/test_*.py | grep -v test_idle)
 WORKERS = 3
+RUN = python
 TEST_PACKAGES = acl caddy certbot chromium chromium-driver curl default-jre-headless \
     exfat-fuse exfatprogs firefox-esr git libnss3-tools libnss-extrausers nginx openssl pebble \
     python3-venv ratpoison strace tcc webkit2gtk-driver xvfb
@@ -65,8 +67,8 @@ BUILD_FILES = build dist *.egg-info
 .SILENT:
 SHELL = /bin/sh
 .SHELLFLAGS = -euc
-.PHONY: help install upgrade demo stop-demo undo-demo test test-vm check bench upstream clean root \
-    test-packages test-environments $(TESTS)
+.PHONY: help install upgrade demo stop-demo undo-demo test coverage test-vm check bench upstream \
+    clean root test-packages test-environments $(TESTS)
 
 help:
 	sed -n '/^#   make/s/^#   //p' Makefile
@@ -367,28 +369,31 @@ test-environments:
 
 # A file of tests, whose run has a host of its own (tests/conftest.py).
 $(TESTS):
-	coverage run -m pytest --no-header -p no:cacheprovider $@
+	$(RUN) -m pytest --no-header -p no:cacheprovider $@
 
 # Tests wait more than they compute: so there are more workers than a small machine has
 # processors. Long files come first, and before them the one that waits for minutes.
-# Processes that have become a student write what they measured, too: hence mode 1777.
 test: test-environments
 	umask 022
 	export NBGRADER_PREFIX=$(NBGRADER_PREFIX) EXTENSIONS_PREFIX=$(EXTENSIONS_PREFIX)
 	export KERNELS_PREFIX=$(KERNELS_PREFIX)
+	export PATH=$(TEST_PREFIX)/bin:$$PATH
+	$(MAKE) --no-print-directory --jobs=$(WORKERS) --keep-going --output-sync $(TESTS)
+	echo "Not tested: the service, limits and reboots; make test-vm does it."
+
+# Processes that have become a student write what they measured, too: hence mode 1777.
+coverage: test-environments
+	umask 022
 	measured=$$(mktemp -d /tmp/notebooks-coverage.XXXXXX)
 	trap 'rm -rf "$$measured"' EXIT
 	trap 'exit 130' INT TERM
 	chmod 1777 $$measured
 	export COVERAGE_FILE=$$measured/data
-	export PATH=$(TEST_PREFIX)/bin:$$PATH
 	status=0
-	$(MAKE) --no-print-directory --jobs=$(WORKERS) --keep-going --output-sync $(TESTS) \
-	    || status=$$?
+	$(MAKE) --no-print-directory test RUN="coverage run" || status=$$?
 	chown -R "$$(id -u)" $$measured
-	coverage combine --quiet
-	coverage report
-	echo "Not tested: the service, limits and reboots; make test-vm does it."
+	$(TEST_PREFIX)/bin/coverage combine --quiet
+	$(TEST_PREFIX)/bin/coverage report
 	exit $$status
 
 # Not with tests/conftest.py: what it covers by overlays in memory, the image would fill.
