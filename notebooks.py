@@ -3759,6 +3759,27 @@ def check_limits(course: Course) -> None:
     say("Nothing limits memory and processors: that needs systemd and cgroups version 2.")
 
 
+def may_limit(account: pwd.struct_passwd, config: Config) -> bool:
+    """Say whether this course sets an account's limits: if not, its owner does."""
+    return not is_ours(account) or is_owned(account, config)
+
+
+def limits_by_uid(config: Config, members: Iterable[Member]) -> dict[int, Limits]:
+    """Return the limits that this course sets."""
+    limits, foreign = {}, []
+    for member in members:
+        own = config.limits_of(member.student)
+        if may_limit(member.account, config):
+            limits[member.uid] = own
+        elif own.memory or own.cpu or own.disk:
+            foreign.append(member.username)
+
+    if foreign:
+        names = ", ".join(foreign)
+        log.warning("what they may use is set by the owner of their account: %s", names)
+    return limits
+
+
 def set_limits(limits: Mapping[int, Limits]) -> None:
     """Set the limits of students, by uid, also of those who run something; raises Error."""
     if has_slices() and limits:
@@ -8002,7 +8023,7 @@ class Launcher:
         """Set the limits that have changed; raises Error if one cannot be kept."""
         config = self.context.config
         members = [server.member for server in self.servers.values()]
-        limits = {x.uid: config.limits_of(x.student) for x in members}
+        limits = limits_by_uid(config, members)
 
         try:
             set_limits(dict(limits.items() - self.limits.items()))
@@ -8441,7 +8462,7 @@ def ensure_accounts(course: Course, outcome: Outcome) -> dict[Student, str]:
 
 def ensure_limits(config: Config, members: Sequence[Member], outcome: Outcome) -> None:
     """Set limits of these members, also of those who run something."""
-    limits = {member.uid: config.limits_of(member.student) for member in members}
+    limits = limits_by_uid(config, members)
     try:
         set_limits(limits)
     except Error as error:
@@ -8449,8 +8470,9 @@ def ensure_limits(config: Config, members: Sequence[Member], outcome: Outcome) -
 
     for member in members:
         with outcome.step(member.username):
-            if limits[member.uid].disk or config.disk:
-                set_quota(member.account, limits[member.uid].disk)
+            own = limits.get(member.uid)
+            if own and (own.disk or config.disk):
+                set_quota(member.account, own.disk)
 
 
 def furnish_home(config: Config, member: Member) -> None:
@@ -8887,9 +8909,9 @@ def leave_members(members: Sequence[Member], course: Course, outcome: Outcome) -
         with outcome.step(member.username):
             reason = reason_to_stay(member, config) or "was somebody else's"
             outcome.done(member.username, f"{reason}; the account stays")
-            leave_course(member, config, roster)
-            if not is_ours(member.account):  # else another course has it
+            if may_limit(member.account, config):
                 forget_limits(slice_of(member.uid))
+            leave_course(member, config, roster)
     roster.save()
 
 

@@ -183,6 +183,29 @@ def test_a_second_configuration_for_the_same_list_is_the_same_course(
     assert done.returncode == 0 and not any(map(exists, course.students)), done
 
 
+def test_the_limits_of_an_account_are_those_of_the_course_that_owns_it(two: Two) -> None:
+    first, second = two
+    first.configure(processes="300")
+    second.configure(processes="400", memory="1G")
+    for each in two:
+        each.check("setup")
+    shared, alone = second.students
+
+    def limits(course: Course) -> dict[int, int]:
+        config, _ = notebooks.read_config(course.config)
+        students = notebooks.Roster(config.user_list).students
+        found = notebooks.limits_by_uid(config, notebooks.find_members(students))
+        return {uid: each.processes for uid, each in found.items()}
+
+    uids = {name: pwd.getpwnam(name).pw_uid for name in (*first.students, alone)}
+    assert limits(first) == {uids[name]: 300 for name in first.students}
+    assert limits(second) == {uids[alone]: 400}
+    assert f"owner of their account: {shared}\n" in second.run("setup").stderr
+
+    first.check("remove", "--yes")
+    assert limits(second) == {uids[shared]: 400, uids[alone]: 400}
+
+
 def move(course: Course) -> Path:
     """Give the course another directory; return the old configuration file."""
     old, directory = course.config, course.directory.with_name("moved")
