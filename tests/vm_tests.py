@@ -25,9 +25,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 import support
-from support import ROOT, ExecutionError, Notebook, fetch, recipe
+from support import (
+    CODE_CELL,
+    ROOT,
+    ExecutionError,
+    Notebook,
+    chromium,
+    fetch,
+    recipe,
+    run_cell,
+    use,
+    write,
+)
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -570,6 +582,33 @@ def test_of_a_cell_that_fills_the_memory_at_once_the_kernel_alone_ends(lab: Lab)
     assert lab.servers("ada") == servers
     assert other.execute("x + 1") == "42"
     assert notebook.execute("6 * 7") == "42"
+
+
+def test_a_browser_shows_why_a_cell_or_a_kernel_ended(lab: Lab, tmp_path: Path) -> None:
+    lab.limit({}, memory="400M")
+    notebook = lab.notebook("ada")
+    examples = {
+        "slow": (GROW_SLOWLY, "was interrupted, before its kernel had to end"),
+        "fast": ("block = b'x' * (600 << 20)", "may use 419.4 MB of memory"),
+    }
+    with chromium() as browser:
+        browser.get(f"{notebook.url}login")
+        password = lab.rows()["ada"]["nb-pass"]
+        use(browser, "input[type=password]", "", write(password, Keys.ENTER))
+
+        for name, (code, words) in examples.items():
+            cell = {"cell_type": "code", "source": code, "metadata": {}, "outputs": []}
+            content = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+            file = {"type": "notebook", "format": "json", "content": content}
+            notebook.api("PUT", f"contents/{name}.ipynb", file)
+            browser.get(f"{notebook.url}notebooks/{name}.ipynb")
+            idle = ".jp-Notebook-ExecutionIndicator[data-status=idle]"
+            use(browser, idle, seconds=SECONDS)
+            use(browser, f"{CODE_CELL} .cm-content", "", run_cell(browser))
+            use(browser, f"{CODE_CELL} .jp-OutputArea-output", words, seconds=SECONDS)
+            picture = tmp_path / f"{name}.png"
+            browser.save_screenshot(str(picture))
+            print(picture)
 
 
 def test_a_student_who_takes_all_there_is_does_not_slow_down_another(lab: Lab) -> None:
