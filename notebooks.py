@@ -131,7 +131,7 @@ import unicodedata
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple, NoReturn, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, NewType, NoReturn, TypeVar, dataclass_transform
 
 CURE = "run the notebooks.py that `sudo make install` puts into /usr/local/bin"
 if Path(__file__).resolve().parent == Path(sys.executable).parent.resolve():
@@ -1215,10 +1215,15 @@ def parse_patterns(text: str) -> tuple[str, ...]:
 
 
 def parse_language(text: str) -> str:
-    languages = sorted({*itertools.chain(*read_phrases().values())})
-    if text.lower() not in languages:
+    languages = sorted(["en", *find_catalogs()])
+    if text.lower() in languages:
+        return text.lower()
+    if len(languages) > 1:
         raise ValueError(f"must be one of {', '.join(languages)}")
-    return text.lower()
+    raise ValueError(
+        f"must be en: translations are neither in {LOCALES[0]} nor in {LOCALES[1]};"
+        " `sudo make install` puts them there"
+    )
 
 
 parse_group = matching(
@@ -4560,13 +4565,25 @@ def renew_certificate(certificate: Certificate, names: Sequence[str]) -> Certifi
 #
 # What people see before they are in their notebook: the pages of the webserver, and the
 # log-in and log-out pages of notebook servers. They are templates of Jinja, which escapes
-# what it is given; what they say is in the next chapter. They need no file and no network,
-# and work without JavaScript. Their measure is WCAG 2.1 AA: tests/test_pages.py.
+# what it is given. They need no file and no network, and work without JavaScript. Their
+# measure is WCAG 2.1 AA: tests/test_accessibility.py.
+#
+# What they say stands in English where they say it: as `_("...")` in templates, and as
+# `Phrase("...")` in Python. Catalogs of gettext have the other languages, such as
+# locale/de.po. The launcher reads that of the course and sends it to the webserver and the
+# servers: they may not be able to read where it is.
 
 MAX_SHOWN_NAME = 100  # characters
 # No user name begins with a hyphen.
 PASSWORD_PATH, TRUST_PATH, SOCKET_PATH = "-password", "-certificate", "-socket"
 AUTHORITY_PATHS = ("-certificate.crt", "certificate")
+
+# Where catalogs are: beside this file in a checkout, else where `make install` puts them.
+LOCALES = (
+    Path(__file__).resolve().with_name("locale"),
+    Path(sys.prefix, "share/notebooks/locale"),
+)
+Phrase = NewType("Phrase", str)  # in English
 
 STYLE = """
 body { font: 1.1rem/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 40rem;
@@ -4658,20 +4675,23 @@ TEMPLATES = {
 {% block body %}{% endblock %}
 {% if socket %}<div id="trouble" class="message" role="alert" hidden
  data-socket="{{ socket }}" data-student="{{ username }}">
-{% if trust %}<p class="certificate">{{ _("no_certificate") }}
-<a href="{{ trust }}" {{ any_host }}>{{ _("trust") }}</a></p>{% endif %}
-<p>{% if trust %}<span class="certificate">{{ _("done_already") }}</span>
-{% endif %}{{ _("no_network", ports=ports) }}</p></div>{% endif %}
+{% if trust %}<p class="certificate">{{ _("Perhaps your browser does not trust the"
+ " certificate of this host: then notebooks open, and say “Connecting” for ever.") }}
+<a href="{{ trust }}" {{ any_host }}>{{ _("Have your device trust this host") }}</a></p>
+{% endif %}<p>{% if trust %}<span class="certificate">{{ _("Done already?") }}</span>
+{% endif %}{{ _("The network blocks connections that notebooks need. Try another one, or"
+ " tell your teacher: WebSockets to this host, TCP ports {ports}.", ports=ports) }}</p>
+</div>{% endif %}
 </main><script>{{ script }}</script></body>
 </html>
 """,
     "landing.html": """{% extends "course.html" %}{% block body %}
 <form action="{{ action }}" method="get">
 {% if query is not none %}<input type="hidden" name="query" value="{{ query }}">{% endif %}
-<label>{{ _("find" if students else "username") }}
+<label>{{ _("User name or name") if students else _("User name") }}
 <input name="username" required autocapitalize="none" autocomplete="username"
  spellcheck="false"></label>
-<button>{{ _("open") }}</button></form>
+<button>{{ _("Open my notebook") }}</button></form>
 {% if students %}<p id="found" role="status"></p>
 <ul id="students">
 {% for username, name, _ in students %}<li><a href="{{ link }}{{ username }}">
@@ -4682,50 +4702,63 @@ TEMPLATES = {
     "wait.html": """{% extends "course.html" %}{% block head %}{% if target %}<noscript>
 <meta http-equiv="refresh" content="0; url={{ target }}"></noscript>{% endif %}
 {% endblock %}{% block body %}{% if target %}
-<p id="checking" role="status">{{ _("checking") }}</p>
-<p><a id="go" href="{{ target }}">{{ _("go") }}</a></p>{% endif %}{% endblock %}""",
+<p id="checking" role="status">{{ _("Your browser is being tried out.") }}</p>
+<p><a id="go" href="{{ target }}">{{ _("Go on to the notebook") }}</a></p>{% endif %}
+{% endblock %}""",
     "password.html": """{% extends "course.html" %}{% block body %}
-{% if is_changed %}<p><a href="/">{{ _("to_page") }}</a></p>
-{% else %}<p>{{ _("save_first") }}</p>
+{% if is_changed %}<p><a href="/">{{ _("To the page of the course") }}</a></p>
+{% else %}<p>{{ _("Save your work first: a new password ends your notebook and its"
+ " kernels, wherever they are open. The new one needs ten characters at least.") }}</p>
 <form class="column" method="post">
-<label>{{ _("username") }}<input name="username" value="{{ username }}" required
+<label>{{ _("User name") }}<input name="username" value="{{ username }}" required
  autocapitalize="none" autocomplete="username" spellcheck="false"></label>
-{% for name, use in [("old", "current"), ("new", "new"), ("again", "new")] %}
-<label>{{ _(name) }}<input name="{{ name }}" type="password" required
+{% for name, use, label in [
+ ("old", "current", _("Old notebook password")),
+ ("new", "new", _("New password")),
+ ("again", "new", _("New password once more")),
+] %}<label>{{ label }}<input name="{{ name }}" type="password" required
  autocomplete="{{ use }}-password"></label>
-{% endfor %}<button>{{ _("change") }}</button></form>{% endif %}
+{% endfor %}<button>{{ _("Change the password") }}</button></form>{% endif %}
 {% endblock %}""",
     "trust.html": """{% extends "course.html" %}{% block body %}
-<h2>{{ _("trust") }}</h2>
-<p>{{ _("trust_what", names=names) }}</p>
-<p><a href="/{{ file }}">{{ _("get") }}</a></p>
-<p>{{ _("compare") }} <code>{{ fingerprint }}</code></p>
-{% for system, label, is_own in systems %}<details{% if is_own %} open{% endif %}>
-<summary>{{ label }}</summary><p>{{ _(system) }}</p></details>
-{% endfor %}<p>{{ _("afterwards") }} <a href="/">{{ _("to_page") }}</a></p>
+<h2>{{ _("Have your device trust this host") }}</h2>
+<p>{{ _("With this certificate your device trusts {names}, and nothing else: nobody has the"
+ " key with which it could vouch for other hosts.", names=names) }}</p>
+<p><a href="/{{ file }}">{{ _("Get the certificate") }}</a></p>
+<p>{{ _("Your teacher can tell you its fingerprint (SHA-256), which must be the same:") }}
+<code>{{ fingerprint }}</code></p>
+{% for label, steps, is_own in systems %}<details{% if is_own %} open{% endif %}>
+<summary>{{ label }}</summary><p>{{ steps }}</p></details>
+{% endfor %}<p>{{ _("Then close the browser, and open it again.") }}
+<a href="/">{{ _("To the page of the course") }}</a></p>
 {% endblock %}""",
     # Of Jupyter's: the page that it renders as log-in and as log-out.
     "login.html": """{% extends "course.html" %}
 {% set is_out = message and message.info %}
 {% set is_leaving = message and message.question %}
 {% block body %}
-{% if message and message.error %}<p class="message" role="alert">{{ _("wrong") }}</p>
-{% endif %}<h2>{{ _("logged_out" if is_out else "notebook_of") }}
+{% if message and message.error %}<p class="message" role="alert">
+{{ _("That was not the password of this notebook. Is the Caps Lock key on? Is the name"
+ " below yours?") }}</p>
+{% endif %}<h2>
+{{ _("You have logged out of the notebook of") if is_out else _("Notebook of") }}
 {% if order.name %}<bdi>{{ order.name }}</bdi>, {% endif %}<code>{{ order.username }}</code>
 </h2>
-{% if is_out %}<p><a href="{{ base_url }}login">{{ _("again_in") }}</a></p>
+{% if is_out %}<p><a href="{{ base_url }}login">{{ _("Log in again") }}</a></p>
 {% elif is_leaving %}<form action="{{ base_url }}logout" method="post">
-{{ xsrf_form_html() | safe }}<button>{{ _("log_out") }}</button></form>
+{{ xsrf_form_html() | safe }}<button>{{ _("Log out") }}</button></form>
 {% else %}<form action="{{ base_url }}login?next={{ next }}" method="post">
 {{ xsrf_form_html() | safe }}
 <input name="username" value="{{ order.username }}" autocomplete="username" hidden>
-<label>{{ _("password") }}<input name="password" type="password" required autofocus
+<label>{{ _("Notebook password") }}<input name="password" type="password" required autofocus
  autocomplete="current-password"></label>
-<button>{{ _("log_in") }}</button></form>
-<p>{{ _("which") }} <a href="{{ order.page_url }}-password?username={{ order.username }}"
- {{ any_host }}>{{ _("change") }}</a></p>{% endif %}
+<button>{{ _("Log in") }}</button></form>
+<p>{{ _("Type the password of your notebook, not that of your account.") }}
+<a href="{{ order.page_url }}-password?username={{ order.username }}"
+ {{ any_host }}>{{ _("Change the password") }}</a></p>{% endif %}
 <p><a href="{{ order.page_url }}" {{ any_host }}>
-{{ _("to_page" if is_out or is_leaving else "not_yours") }}</a></p>
+{{ _("To the page of the course") if is_out or is_leaving
+ else _("Not yours? Find your own.") }}</a></p>
 {% endblock %}""",
 }
 TEMPLATES["logout.html"] = TEMPLATES["login.html"]
@@ -4736,13 +4769,102 @@ HSTS = "Strict-Transport-Security", f"max-age={7 * 24 * 3600}"
 
 # What the page of the certificate tells first to whom: by the browser's own words.
 SYSTEMS = (
-    ("ios", "iPad, iPhone", "iPad|iPhone|Macintosh.*Safari"),  # an iPad says it is a Mac
-    ("mac", "Mac", "Macintosh"),
-    ("android", "Android", "Android"),
-    ("windows", "Windows", "Windows"),
-    ("chrome", "Chromebook, Linux", "CrOS|Linux(?!.*Android)"),
-    ("firefox", "Firefox", "Firefox"),
+    (
+        "iPad, iPhone",
+        "iPad|iPhone|Macintosh.*Safari",  # an iPad says it is a Mac
+        Phrase(
+            "Allow the download. In Settings, tap Profile Downloaded and install it; then"
+            " switch it on in General > About > Certificate Trust Settings."
+        ),
+    ),
+    (
+        "Mac",
+        "Macintosh",
+        Phrase(
+            "Open the file: Keychain Access adds it. Open the certificate there, then"
+            " Trust, and choose Always Trust. Firefox needs its own steps."
+        ),
+    ),
+    (
+        "Android",
+        "Android",
+        Phrase(
+            "In Settings, search for “CA certificate”, tap Install anyway, and choose the"
+            " file."
+        ),
+    ),
+    (
+        "Windows",
+        "Windows",
+        Phrase(
+            "Open the file, then Install Certificate, Current User, and place it in the"
+            " store Trusted Root Certification Authorities. Firefox needs its own steps."
+        ),
+    ),
+    (
+        "Chromebook, Linux",
+        "CrOS|Linux(?!.*Android)",
+        Phrase(
+            "In Chrome's Settings, search for certificates: under Authorities, or Custom,"
+            " import the file, and trust it for identifying websites."
+        ),
+    ),
+    (
+        "Firefox",
+        "Firefox",
+        Phrase(
+            "In Settings, search for certificates: View Certificates, Authorities, Import;"
+            " choose the file, and trust it to identify websites."
+        ),
+    ),
 )
+
+
+class Language(Message):
+    """What the pages say in a language, by what they say in English."""
+
+    name: str = "en"
+    phrases: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def say(self, phrase: Phrase, **values: object) -> str:
+        """Return a phrase in this language, or in English if it lacks that one."""
+        return self.phrases.get(phrase, phrase).format(**values)
+
+
+def find_catalogs() -> dict[str, Path]:
+    """Return the catalogs by their languages, all of one directory."""
+    for directory in LOCALES:
+        if catalogs := {path.stem: path for path in directory.glob("*.po")}:
+            return catalogs
+    return {}
+
+
+def fields_of(text: str) -> list[str]:
+    """Return what is filled into a phrase, in order; raises ValueError for lone braces."""
+    parts = string.Formatter().parse(text)
+    return sorted(field for _, field, *_ in parts if field is not None)
+
+
+def read_language(name: str) -> Language:
+    """Return a language that the configuration can name.
+
+    Raises: OSError; Error for a catalog with which pages would fail.
+    """
+    if name == "en":
+        return Language()
+    from babel.messages import pofile  # here, so that other commands start at once
+
+    path = find_catalogs()[name]
+    try:
+        with open(path, "rb") as file:
+            catalog: Iterable[Any] = pofile.read_po(file, abort_invalid=True)
+        phrases = {x.id: x.string for x in catalog if x.id and x.string and not x.fuzzy}
+        for phrase, said in phrases.items():
+            if fields_of(said) != fields_of(phrase):
+                raise ValueError(f"the placeholders of {phrase!r} are others in {said!r}")
+    except (pofile.PoFileError, ValueError, LookupError) as error:
+        raise Error(f"{path}: {error}") from None
+    return Language(name, phrases)
 
 
 class SharedBytecode(Upstream):  # type: ignore[misc]
@@ -4759,7 +4881,7 @@ class SharedBytecode(Upstream):  # type: ignore[misc]
         self.compiled[bucket.key] = bucket.bytecode_to_string()
 
 
-def add_pages(environment: Any, language: str, **values: object) -> None:
+def add_pages(environment: Any, language: Language, **values: object) -> None:
     """Give an environment of Jinja's our pages, in a language, before its own."""
     from jinja2 import ChoiceLoader, DictLoader
     from markupsafe import Markup
@@ -4768,8 +4890,8 @@ def add_pages(environment: Any, language: str, **values: object) -> None:
     environment.loader = ChoiceLoader([DictLoader(TEMPLATES), *own])
     environment.bytecode_cache = with_upstream(SharedBytecode)()
     environment.globals |= {
-        "_": functools.partial(phrase, language),
-        "language": language,
+        "_": language.say,
+        "language": language.name,
         "style": Markup(STYLE),
         "script": Markup(SCRIPT),
         "messages": (),
@@ -4825,524 +4947,6 @@ class SocketHandler(Upstream):  # type: ignore[misc]
 
     def on_message(self, message: object) -> None:
         """Ignore it: strangers send some, and an error would be in the teacher's log."""
-
-
-# == Phrases ===============================================================================
-#
-# What the pages say, in each language that the key `language` can name: with another line
-# for each phrase there is another language. A phrase without one is said in English.
-
-PHRASES = """
-[username]
-en = User name
-de = Benutzername
-fr = Nom d’utilisateur
-es = Nombre de usuario
-pt = Nome de login
-ru = Имя пользователя
-ja = ユーザー名
-[find]
-en = User name or name
-de = Benutzername oder Name
-fr = Nom d’utilisateur ou nom
-es = Nombre de usuario o nombre
-pt = Nome de login ou nome
-ru = Имя пользователя или имя
-ja = ユーザー名または名前
-[open]
-en = Open my notebook
-de = Mein Notebook öffnen
-fr = Ouvrir mon notebook
-es = Abrir mi cuaderno
-pt = Abrir o meu notebook
-ru = Открыть мой блокнот
-ja = 自分のノートブックを開く
-[nobody]
-en = Nobody here has this user name.
-de = Diesen Benutzernamen hat hier niemand.
-fr = Personne ici n’a ce nom d’utilisateur.
-es = Aquí nadie tiene ese nombre de usuario.
-pt = Ninguém aqui tem este nome de login.
-ru = Здесь ни у кого нет такого имени пользователя.
-ja = このユーザー名の人は登録されていません。
-[who]
-en = Who are you? The address leads to your own notebook.
-de = Wer ist da? Diese Adresse führt zum jeweils eigenen Notebook.
-fr = Qui êtes-vous ? Cette adresse mène à votre propre notebook.
-es = Indique quién es: esta dirección lleva a cada persona a su propio cuaderno.
-pt = Indique quem é: este endereço leva cada pessoa ao seu próprio notebook.
-ru = Кто вы? Этот адрес ведёт каждого в его собственный блокнот.
-ja = どなたですか？このアドレスからは、それぞれ自分のノートブックが開きます。
-[starting]
-en = Your notebook is being started. This page goes on to it by itself.
-de = Das Notebook wird gestartet. Danach geht es von selbst weiter.
-fr = Votre notebook démarre. Cette page y mènera automatiquement.
-es = El cuaderno se está iniciando. Esta página pasará a él automáticamente.
-pt = O notebook vai iniciar em instantes. Esta página avança automaticamente.
-ru = Блокнот запускается. Эта страница перейдёт к нему автоматически.
-ja = ノートブックを起動しています。準備ができると、自動的に移動します。
-[failed]
-en = Your notebook could not be started: tell your teacher. This page tries again.
-de = Das Notebook ließ sich nicht starten: bitte der Lehrkraft Bescheid geben. Diese Seite
-    versucht es weiter.
-fr = Votre notebook n’a pas pu démarrer : prévenez votre prof. Cette page réessaie
-    automatiquement.
-es = No se pudo iniciar el cuaderno: avise a su docente. Esta página lo sigue intentando.
-pt = Não foi possível iniciar o notebook: avise quem dá o curso. Esta página vai tentar de
-    novo.
-ru = Не удалось запустить блокнот: сообщите преподавателю. Эта страница попробует ещё раз.
-ja = ノートブックを起動できませんでした。先生に知らせてください。
-    このページは自動的に再試行します。
-[checking]
-en = Your browser is being tried out.
-de = Der Browser wird überprüft …
-fr = Vérification du navigateur…
-es = Comprobando el navegador…
-pt = Verificação do navegador…
-ru = Проверяем браузер…
-ja = ブラウザーを確認しています…
-[go]
-en = Go on to the notebook
-de = Weiter zum Notebook
-fr = Continuer vers le notebook
-es = Continuar al cuaderno
-pt = Continuar para o notebook
-ru = Перейти к блокноту
-ja = ノートブックに進む
-[no_certificate]
-en = Perhaps your browser does not trust the certificate of this host: then notebooks open,
-    and say “Connecting” for ever.
-de = Vielleicht vertraut der Browser dem Zertifikat dieses Servers nicht: Dann öffnen sich
-    Notebooks zwar, bleiben aber bei „Connecting“ hängen.
-fr = Votre navigateur ne fait peut-être pas confiance au certificat de ce serveur : les
-    notebooks s’ouvrent alors, mais restent bloqués sur « Connecting ».
-es = Puede que el navegador no confíe en el certificado de este servidor: entonces los
-    cuadernos se abren, pero se quedan siempre en «Connecting».
-pt = Talvez o navegador não confie no certificado deste servidor: nesse caso os notebooks
-    abrem, mas ficam parados em “Connecting”.
-ru = Возможно, браузер не доверяет сертификату этого сервера: тогда блокноты откроются, но
-    так и останутся в состоянии «Connecting».
-ja = ブラウザーがこのサーバーの証明書を信頼していない可能性があります。その場合、
-    ノートブックは開いても、「Connecting」のまま先に進みません。
-[done_already]
-en = Done already?
-de = Schon erledigt?
-fr = C’est déjà fait ?
-es = ¿Ya está hecho?
-pt = Já fez isso?
-ru = Уже сделано?
-ja = すでに済んでいる場合：
-[no_network]
-en = The network blocks connections that notebooks need. Try another one, or tell your
-    teacher: WebSockets to this host, TCP ports {ports}.
-de = Das Netzwerk blockiert Verbindungen, die Notebooks brauchen. Ein anderes versuchen oder
-    der Lehrkraft Bescheid geben: WebSockets zu diesem Server, TCP-Ports {ports}.
-fr = Le réseau bloque des connexions dont les notebooks ont besoin. Essayez-en un autre, ou
-    prévenez votre prof : WebSockets vers ce serveur, ports TCP {ports}.
-es = La red bloquea conexiones que necesitan los cuadernos. Pruebe otra red o avise a su
-    docente: WebSockets hacia este servidor, puertos TCP {ports}.
-pt = A rede bloqueia conexões de que os notebooks precisam. Tente outra rede ou avise quem
-    dá o curso: WebSockets para este servidor, portas TCP {ports}.
-ru = Сеть блокирует соединения, нужные блокнотам. Попробуйте другую сеть или сообщите
-    преподавателю: WebSocket к этому серверу, TCP-порты {ports}.
-ja = ノートブックに必要な通信がネットワークで遮断されています。別のネットワークを試すか、
-    先生に伝えてください：このサーバーへのWebSocket、TCPポート {ports}。
-[ends]
-en = The certificate of this page ends on {date}: tell your teacher.
-de = Das Zertifikat dieser Seite läuft am {date} ab: bitte der Lehrkraft Bescheid geben.
-fr = Le certificat de cette page expire le {date} : prévenez votre prof.
-es = El certificado de esta página caduca el {date}: avise a su docente.
-pt = O certificado desta página expira em {date}: avise quem dá o curso.
-ru = Срок действия сертификата этой страницы истекает {date}: сообщите преподавателю.
-ja = このページの証明書は {date} に期限が切れます。先生に知らせてください。
-[trust]
-en = Have your device trust this host
-de = Diesem Server vertrauen
-fr = Faire confiance à ce serveur
-es = Confiar en este servidor
-pt = Confiar neste servidor
-ru = Сделать этот сервер доверенным
-ja = このサーバーを信頼する
-[trust_what]
-en = With this certificate your device trusts {names}, and nothing else: nobody has the key
-    with which it could vouch for other hosts.
-de = Mit diesem Zertifikat vertraut das Gerät {names} und sonst nichts: Den Schlüssel, um
-    damit für andere Server zu bürgen, hat niemand.
-fr = Avec ce certificat, votre appareil fait confiance à {names}, et à rien d’autre :
-    personne n’a la clé qui permettrait de se porter garant d’autres serveurs.
-es = Con este certificado, el dispositivo confía en {names} y en nada más: nadie tiene la
-    clave con la que podría avalar otros servidores.
-pt = Com este certificado, o dispositivo confia em {names} e em mais nada: ninguém tem a
-    chave com que ele poderia responder por outros servidores.
-ru = С этим сертификатом устройство доверяет {names} и ничему больше: ключа, которым можно
-    было бы заверить другие серверы, ни у кого нет.
-ja = この証明書でデバイスが信頼するのは {names} だけです。
-    ほかのサーバーを保証するための鍵は、誰も持っていません。
-[get]
-en = Get the certificate
-de = Zertifikat herunterladen
-fr = Télécharger le certificat
-es = Descargar el certificado
-pt = Obter o certificado
-ru = Скачать сертификат
-ja = 証明書をダウンロード
-[compare]
-en = Your teacher can tell you its fingerprint (SHA-256), which must be the same:
-de = Die Lehrkraft kann den Fingerabdruck (SHA-256) nennen, der hiermit übereinstimmen muss:
-fr = Votre prof peut vous donner son empreinte (SHA-256), qui doit être identique à
-    celle-ci :
-es = Su docente puede decirle la huella digital (SHA-256), que debe coincidir con esta:
-pt = Quem dá o curso pode informar a impressão digital (SHA-256), que deve ser igual a esta:
-ru = Преподаватель может назвать отпечаток сертификата (SHA-256); он должен совпадать с
-    этим:
-ja = 証明書のフィンガープリント（SHA-256）は先生に聞けます。次と同じでなければなりません：
-[ios]
-en = Allow the download. In Settings, tap Profile Downloaded and install it; then switch it
-    on in General > About > Certificate Trust Settings.
-de = Den Download zulassen. In den Einstellungen auf „Profil geladen“ tippen und das Profil
-    installieren; dann unter „Allgemein > Info > Zertifikatsvertrauenseinstellungen“
-    einschalten.
-fr = Autorisez le téléchargement. Dans Réglages, touchez « Profil téléchargé » et
-    installez-le, puis activez-le dans « Général > Informations > Réglages des
-    certificats ».
-es = Permitir la descarga. En Ajustes, tocar «Perfil descargado» e instalarlo; después,
-    activarlo en «General > Información > Ajustes de confianza de certificados».
-pt = Permitir o download. Nos Ajustes (Definições), tocar em “Perfil Baixado” (“Perfil
-    descarregado”) e instalar; depois, ativar em “Geral > Sobre > Certificados Confiáveis”
-    (em Portugal, no fim de “Geral > Informações”).
-ru = Разрешите загрузку. В Настройках нажмите «Профиль загружен» и установите его, затем
-    включите доверие в разделе «Основные > Об этом устройстве > Доверие сертификатам».
-ja = ダウンロードを許可します。「設定」で「プロファイルがダウンロードされました」を
-    タップしてインストールし、「一般」>「情報」>「証明書信頼設定」でオンにします。
-[mac]
-en = Open the file: Keychain Access adds it. Open the certificate there, then Trust, and
-    choose Always Trust. Firefox needs its own steps.
-de = Die Datei öffnen: Die Schlüsselbundverwaltung fügt sie hinzu. Dort das Zertifikat
-    öffnen, dann „Vertrauen“, und „Immer vertrauen“ wählen. Firefox braucht eigene Schritte.
-fr = Ouvrez le fichier : Trousseaux d’accès l’ajoute. Ouvrez-y le certificat, puis « Se
-    fier », et choisissez « Toujours approuver ». Firefox a ses propres étapes.
-es = Abrir el archivo: Acceso a Llaveros lo añade. Abrir allí el certificado y, en
-    «Confiar», elegir «Confiar siempre». Firefox necesita sus propios pasos.
-pt = Abrir o certificado: ele passa a constar no Acesso às Chaves (Acesso ao Porta-chaves).
-    Abrir ali o certificado e, em “Confiar”, escolher “Confiar Sempre”. O Firefox tem passos
-    próprios.
-ru = Откройте файл: «Связка ключей» добавит сертификат. Откройте его там, затем раздел
-    «Доверие», и выберите «Всегда доверять». Для Firefox нужны отдельные шаги.
-ja = ファイルを開くと、「キーチェーンアクセス」に追加されます。そこで証明書を開き、
-    「信頼」で「常に信頼」を選びます。Firefoxには別の手順が必要です。
-[android]
-en = In Settings, search for “CA certificate”, tap Install anyway, and choose the file.
-de = In den Einstellungen nach „CA-Zertifikat“ suchen, auf „Trotzdem installieren“ tippen
-    und die Datei wählen.
-fr = Dans les paramètres, recherchez « certificat CA », touchez « Installer quand même » et
-    choisissez le fichier.
-es = En Ajustes, buscar «certificado de CA», tocar «Instalar de todos modos» y elegir el
-    archivo.
-pt = Nas configurações (definições), procurar “certificado de CA”, tocar em “Instalar mesmo
-    assim” e escolher o certificado.
-ru = В настройках найдите «Сертификат ЦС», нажмите «Всё равно установить» и выберите файл.
-ja = 設定で「CA 証明書」を検索し、「インストールする」をタップして、ファイルを選びます。
-[windows]
-en = Open the file, then Install Certificate, Current User, and place it in the store
-    Trusted Root Certification Authorities. Firefox needs its own steps.
-de = Die Datei öffnen, dann „Zertifikat installieren“, „Aktueller Benutzer“, und sie im
-    Speicher „Vertrauenswürdige Stammzertifizierungsstellen“ ablegen. Firefox braucht eigene
-    Schritte.
-fr = Ouvrez le fichier, puis « Installer un certificat », « Utilisateur actuel », et
-    placez-le dans le magasin « Autorités de certification racines de confiance ». Firefox a
-    ses propres étapes.
-es = Abrir el archivo, después «Instalar certificado», «Usuario actual», y colocarlo en el
-    almacén «Entidades de certificación raíz de confianza». Firefox necesita sus propios
-    pasos.
-pt = Abrir o certificado, depois “Instalar Certificado”, “Usuário Atual” (“Utilizador
-    Atual”), e colocá-lo no repositório “Autoridades de Certificação Raiz Confiáveis”
-    (“Autoridades de certificação de raiz fidedigna”). O Firefox tem passos próprios.
-ru = Откройте файл, затем «Установить сертификат», «Текущий пользователь», и поместите его в
-    хранилище «Доверенные корневые центры сертификации». Для Firefox нужны отдельные шаги.
-ja = ファイルを開いて「証明書のインストール」、「現在のユーザー」と進み、
-    証明書ストアに「信頼されたルート証明機関」を選びます。Firefoxには別の手順が必要です。
-[chrome]
-en = In Chrome's Settings, search for certificates: under Authorities, or Custom, import the
-    file, and trust it for identifying websites.
-de = In den Einstellungen von Chrome nach Zertifikaten suchen: unter
-    „Zertifizierungsstellen“ oder „Benutzerdefiniert“ die Datei importieren und ihr zur
-    Identifizierung von Websites vertrauen.
-fr = Dans les paramètres de Chrome, recherchez les certificats : sous « Autorités » ou
-    « Personnalisés », importez le fichier et faites-lui confiance pour identifier les sites
-    web.
-es = En la configuración de Chrome, buscar los certificados: en «Autoridades» («Entidades
-    emisoras») o «Personalizados», importar el archivo y confiar en él para identificar
-    sitios web.
-pt = Nas configurações (definições) do Chrome, procurar os certificados: em “Autoridades” ou
-    “Personalizados”, importar o certificado e confiar nele para identificar sites.
-ru = В настройках Chrome найдите сертификаты: в разделе «Центры сертификации» или
-    «Пользовательские» импортируйте файл и доверьте ему идентификацию сайтов.
-ja = Chromeの設定で証明書を検索し、「認証局」または「カスタム」でファイルをインポートして、
-    ウェブサイトの識別について信頼します。
-[firefox]
-en = In Settings, search for certificates: View Certificates, Authorities, Import; choose
-    the file, and trust it to identify websites.
-de = In den Einstellungen nach Zertifikaten suchen: „Zertifikate anzeigen“,
-    „Zertifizierungsstellen“, „Importieren“; die Datei wählen und ihr vertrauen, um Websites
-    zu identifizieren.
-fr = Dans les paramètres, recherchez les certificats : « Afficher les certificats »,
-    « Autorités », « Importer » ; choisissez le fichier et confirmez-le pour identifier des
-    sites web.
-es = En Ajustes, buscar los certificados: «Ver certificados», «Autoridades», «Importar»;
-    elegir el archivo y confiar en él para identificar sitios web.
-pt = Nas configurações (definições), procurar os certificados: “Ver certificados”,
-    “Autoridades”, “Importar”; escolher o certificado e confiar nele para identificar sites.
-ru = В настройках найдите сертификаты: «Просмотр сертификатов», «Центры сертификации»,
-    «Импортировать»; выберите файл и отметьте доверие при идентификации веб-сайтов.
-ja = 設定で証明書を検索し、「証明書を表示」、「認証局証明書」、「インポート」と進みます。
-    ファイルを選び、ウェブサイトの識別について信頼します。
-[afterwards]
-en = Then close the browser, and open it again.
-de = Danach den Browser schließen und wieder öffnen.
-fr = Fermez ensuite le navigateur et rouvrez-le.
-es = Después, cerrar el navegador y volver a abrirlo.
-pt = Depois, fechar o navegador e abrir de novo.
-ru = Затем закройте браузер и откройте его снова.
-ja = そのあと、ブラウザーを閉じて、もう一度開いてください。
-[notebook_of]
-en = Notebook of
-de = Notebook von
-fr = Notebook de
-es = Cuaderno de
-pt = Notebook de
-ru = Блокнот:
-ja = ノートブック：
-[logged_out]
-en = You have logged out of the notebook of
-de = Abgemeldet vom Notebook von
-fr = Déconnexion réussie : notebook de
-es = Sesión cerrada: cuaderno de
-pt = Sessão encerrada: notebook de
-ru = Вы вышли из блокнота:
-ja = ログアウトしました：
-[not_yours]
-en = Not yours? Find your own.
-de = Nicht das richtige? Zum eigenen Notebook.
-fr = Pas le vôtre ? Trouvez votre notebook.
-es = ¿No es el suyo? Buscar el propio.
-pt = Não é o seu? Procurar o próprio.
-ru = Не ваш? Найдите свой.
-ja = 自分のものではない場合は、こちらで探す
-[to_page]
-en = To the page of the course
-de = Zur Kursseite
-fr = Aller à la page du cours
-es = Ir a la página del curso
-pt = Ir para a página do curso
-ru = На страницу курса
-ja = コースのページへ
-[again_in]
-en = Log in again
-de = Wieder anmelden
-fr = Se reconnecter
-es = Volver a iniciar sesión
-pt = Entrar de novo
-ru = Войти снова
-ja = もう一度ログインする
-[password]
-en = Notebook password
-de = Passwort des Notebooks
-fr = Mot de passe du notebook
-es = Contraseña del cuaderno
-pt = Senha do notebook
-ru = Пароль блокнота
-ja = ノートブックのパスワード
-[log_in]
-en = Log in
-de = Anmelden
-fr = Se connecter
-es = Iniciar sesión
-pt = Entrar
-ru = Войти
-ja = ログイン
-[log_out]
-en = Log out
-de = Abmelden
-fr = Se déconnecter
-es = Cerrar sesión
-pt = Sair
-ru = Выйти
-ja = ログアウト
-[wrong]
-en = That was not the password of this notebook. Is the Caps Lock key on? Is the name below
-    yours?
-de = Das war nicht das Passwort dieses Notebooks. Ist die Feststelltaste an? Stimmt der Name
-    unten?
-fr = Ce n’est pas le mot de passe de ce notebook. La touche Verr. Maj est-elle activée ? Le
-    nom ci-dessous est-il le vôtre ?
-es = Esa no es la contraseña de este cuaderno. ¿Está activada la tecla Bloq Mayús? ¿Es suyo
-    el nombre de abajo?
-pt = Essa não é a senha deste notebook. A tecla Caps Lock está ativada? O nome abaixo é o
-    seu?
-ru = Это не пароль этого блокнота. Не включён ли Caps Lock? Ваше ли имя ниже?
-ja = このノートブックのパスワードではありません。Caps Lockがオンに
-    なっていませんか？下の名前は自分のものですか？
-[which]
-en = Type the password of your notebook, not that of your account.
-de = Gefragt ist das Passwort des Notebooks, nicht das des Benutzerkontos.
-fr = C’est le mot de passe du notebook qui est demandé, pas celui du compte.
-es = Se pide la contraseña del cuaderno, no la de la cuenta.
-pt = É pedida a senha do notebook, não a da conta.
-ru = Нужен пароль блокнота, а не учётной записи.
-ja = アカウントではなく、ノートブックのパスワードを入力してください。
-[change]
-en = Change the password
-de = Passwort ändern
-fr = Changer le mot de passe
-es = Cambiar la contraseña
-pt = Alterar a senha
-ru = Изменить пароль
-ja = パスワードを変更
-[save_first]
-en = Save your work first: a new password ends your notebook and its kernels, wherever they
-    are open. The new one needs ten characters at least.
-de = Vorher die Arbeit speichern: Ein neues Passwort beendet das Notebook und seine Kernel,
-    wo auch immer sie geöffnet sind. Das neue braucht mindestens zehn Zeichen.
-fr = Enregistrez d’abord votre travail : un nouveau mot de passe arrête votre notebook et
-    ses noyaux, où qu’ils soient ouverts. Il doit compter au moins dix caractères.
-es = Guarde antes su trabajo: una contraseña nueva cierra el cuaderno y sus kernels,
-    dondequiera que estén abiertos. La nueva debe tener al menos diez caracteres.
-pt = Salve antes o seu trabalho: uma senha nova encerra o notebook e os seus kernels, onde
-    quer que estejam abertos. A nova deve ter pelo menos dez caracteres.
-ru = Сначала сохраните работу: новый пароль завершит работу блокнота и его ядер, где бы они
-    ни были открыты. В нём должно быть не менее десяти символов.
-ja = 先に作業を保存してください。パスワードを変更すると、どこで開いていても、
-    ノートブックとそのカーネルは終了します。新しいパスワードは10文字以上必要です。
-[old]
-en = Old notebook password
-de = Bisheriges Passwort des Notebooks
-fr = Mot de passe actuel du notebook
-es = Contraseña actual del cuaderno
-pt = Senha atual do notebook
-ru = Текущий пароль блокнота
-ja = 現在のノートブックのパスワード
-[new]
-en = New password
-de = Neues Passwort
-fr = Nouveau mot de passe
-es = Nueva contraseña
-pt = Nova senha
-ru = Новый пароль
-ja = 新しいパスワード
-[again]
-en = New password once more
-de = Neues Passwort wiederholen
-fr = Répéter le nouveau mot de passe
-es = Repetir la nueva contraseña
-pt = Repetir a nova senha
-ru = Новый пароль ещё раз
-ja = 新しいパスワード（もう一度）
-[changed]
-en = Your password is changed. Log in with the new one: then open tabs can save. They run
-    code once they are loaded again.
-de = Das Passwort ist geändert. Nach dem Anmelden mit dem neuen lassen sich offene Tabs
-    wieder speichern; sie rechnen wieder, sobald sie neu geladen sind.
-fr = Votre mot de passe est changé. Connectez-vous avec le nouveau : les onglets ouverts
-    pourront enregistrer, puis calculer une fois rechargés.
-es = La contraseña se ha cambiado. Inicie sesión con la nueva: entonces las pestañas
-    abiertas podrán guardar, y calcularán cuando se vuelvan a cargar.
-pt = A senha foi alterada. Entre com a nova: as abas abertas podem então salvar e voltam a
-    calcular depois de recarregadas.
-ru = Пароль изменён. Войдите с новым: тогда открытые вкладки смогут сохранять, а после
-    перезагрузки — и вычислять.
-ja = パスワードを変更しました。新しいパスワードでログインすると、開いているタブで保存でき、
-    再読み込みすると計算もできます。
-[busy]
-en = Too many want a new password just now: try again in a minute.
-de = Gerade wollen zu viele ein neues Passwort: bitte in einer Minute noch einmal versuchen.
-fr = Trop de personnes changent de mot de passe en ce moment : réessayez dans une minute.
-es = Demasiadas personas están cambiando su contraseña: inténtelo de nuevo en un minuto.
-pt = Muita gente quer alterar a senha neste momento: tente de novo daqui a um minuto.
-ru = Сейчас слишком многие меняют пароль: попробуйте ещё раз через минуту.
-ja = パスワードを変更する人が集中しています。1分後にもう一度お試しください。
-[wrong_old]
-en = The user name or the old password is wrong.
-de = Der Benutzername oder das bisherige Passwort ist falsch.
-fr = Le nom d’utilisateur ou l’ancien mot de passe est incorrect.
-es = El nombre de usuario o la contraseña actual no son correctos.
-pt = O nome de login ou a senha atual está incorreto.
-ru = Имя пользователя или текущий пароль указаны неверно.
-ja = ユーザー名または現在のパスワードが正しくありません。
-[differ]
-en = The new password must be typed twice in the same way.
-de = Das neue Passwort muss zweimal gleich eingegeben werden.
-fr = Le nouveau mot de passe doit être saisi deux fois à l’identique.
-es = La nueva contraseña debe escribirse dos veces igual.
-pt = A nova senha deve ser escrita duas vezes da mesma forma.
-ru = Новый пароль нужно дважды ввести одинаково.
-ja = 新しいパスワードは、2回とも同じものを入力してください。
-[same]
-en = That is your password already: think of a new one.
-de = Das ist schon das bisherige Passwort: bitte ein neues ausdenken.
-fr = C’est déjà votre mot de passe : choisissez-en un nouveau.
-es = Esa ya es su contraseña: piense una nueva.
-pt = Essa já é a senha atual: escolha uma nova.
-ru = Это и есть ваш нынешний пароль: придумайте новый.
-ja = 現在のパスワードと同じです。別のものを考えてください。
-[has_name]
-en = Your user name must not be in the new password.
-de = Der Benutzername darf nicht im neuen Passwort vorkommen.
-fr = Le nouveau mot de passe ne doit pas contenir votre nom d’utilisateur.
-es = La nueva contraseña no debe contener el nombre de usuario.
-pt = A nova senha não pode conter o nome de login.
-ru = Новый пароль не должен содержать имя пользователя.
-ja = 新しいパスワードにユーザー名を含めることはできません。
-[weak]
-en = The new password must have 10 to 100 letters, digits and signs of an English keyboard,
-    and not begin with = + - or @.
-de = Das neue Passwort muss aus 10 bis 100 Buchstaben, Ziffern und Zeichen einer englischen
-    Tastatur bestehen und darf nicht mit = + - oder @ beginnen.
-fr = Le nouveau mot de passe doit compter de 10 à 100 lettres, chiffres et signes d’un
-    clavier anglais, et ne pas commencer par = + - ou @.
-es = La nueva contraseña debe tener de 10 a 100 letras, cifras y signos de un teclado
-    inglés, y no empezar por = + - o @.
-pt = A nova senha deve ter de 10 a 100 letras, algarismos e sinais de um teclado inglês, e
-    não começar por = + - ou @.
-ru = Новый пароль должен состоять из 10–100 букв, цифр и знаков английской клавиатуры и не
-    начинаться с = + - или @.
-ja = 新しいパスワードは、英語キーボードの文字、数字、記号で10～100文字とし、
-    先頭に = + - @ は使えません。
-[is_starting]
-en = Your notebook is just being started: try again in a minute.
-de = Das Notebook wird gerade gestartet: bitte in einer Minute noch einmal versuchen.
-fr = Votre notebook est en train de démarrer : réessayez dans une minute.
-es = El cuaderno se está iniciando: inténtelo de nuevo en un minuto.
-pt = O notebook ainda não acabou de iniciar: tente de novo daqui a um minuto.
-ru = Блокнот как раз запускается: попробуйте ещё раз через минуту.
-ja = ノートブックを起動しているところです。1分後にもう一度お試しください。
-[not_changed]
-en = Not changed: try again in a minute, or ask your teacher.
-de = Nicht geändert: bitte in einer Minute noch einmal versuchen oder die Lehrkraft fragen.
-fr = Mot de passe inchangé : réessayez dans une minute, ou demandez à votre prof.
-es = Sin cambios: inténtelo de nuevo en un minuto o pregunte a su docente.
-pt = Não foi alterada: tente de novo daqui a um minuto ou fale com quem dá o curso.
-ru = Не изменён: попробуйте ещё раз через минуту или обратитесь к преподавателю.
-ja = 変更されませんでした。1分後にもう一度試すか、先生に聞いてください。
-"""
-
-
-@functools.cache
-def read_phrases() -> dict[str, dict[str, str]]:
-    """Return each phrase in each language, by the phrase's name."""
-    parser = configparser.ConfigParser(interpolation=None)
-    parser.read_string(PHRASES)
-    # No blanks are between words of Japanese.
-    fold = functools.partial(re.sub, r"(?<=[、-鿿])\n(?=[、-鿿])", "")
-    return {
-        name: {key: fold(text).replace("\n", " ") for key, text in section.items()}
-        for name, section in parser.items()
-    }
-
-
-def phrase(language: str, name: str, **values: object) -> str:
-    """Return a phrase; a text that is none is said as it is."""
-    known = read_phrases().get(name)
-    return known.get(language, known["en"]).format(**values) if known else name
 
 
 # == Launch 1: kernels, terminals and packages of a student ================================
@@ -5405,7 +5009,7 @@ class ServerOrder(Message):
     title: str = ""
     page_url: str = ""
     any_host: bool = True  # of the page, as of the notebook
-    language: str = "en"
+    language: Language = Language()
     ports: str = ""  # for people
     course: str = ""  # its configuration file, for ps
     port: int = 0
@@ -6992,10 +6596,21 @@ MAX_TRIED = 1000  # sockets whose numbers are known
 TRIED = "__Host-notebooks-socket"  # a cookie of the page's script: WebSockets come through
 
 
+STARTING = Phrase("Your notebook is being started. This page goes on to it by itself.")
+NOT_STARTED = Phrase(
+    "Your notebook could not be started: tell your teacher. This page tries again."
+)
+CHANGED = Phrase(
+    "Your password is changed. Log in with the new one: then open tabs can save. They run"
+    " code once they are loaded again."
+)
+CROWDED = Phrase("Too many want a new password just now: try again in a minute.")
+
+
 class Site(Message):
     """What the landing page shows to anybody (user name, name, port), and all ports."""
 
-    language: str
+    language: Language
     title: str
     address: str
     port: int
@@ -7007,12 +6622,12 @@ class Site(Message):
 
 
 class NewPassword(Message):
-    """What a student wishes, and the launcher's answer: the name of a phrase."""
+    """What a student wishes, and the launcher's answer."""
 
     username: str
     old: str
     new: str
-    answer: str = ""
+    answer: Phrase = Phrase("")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -7034,7 +6649,7 @@ class Webserver(Helper):
         is_text = {str} == {*map(type, vars(message).values())}
         if isinstance(message, NewPassword) and is_text:
             if is_busy:  # with what an earlier webserver has asked
-                self.tell(NewPassword(message.username, "", "", "busy"))
+                self.tell(NewPassword(message.username, "", "", CROWDED))
             else:
                 self.task = asyncio.get_running_loop().create_task(self.change(message))
 
@@ -7097,20 +6712,22 @@ class PageHandler(Upstream):  # type: ignore[misc]
             address = f"{visited_host(self.request)}:{self.site.port}"
             self.redirect(f"https://{address}{self.request.uri}", status=307)
 
-    def say(self, name: str, **values: object) -> str:
-        return phrase(self.site.language, name, **values)
+    def say(self, phrase: Phrase, **values: object) -> str:
+        return self.site.language.say(phrase, **values)
 
     async def show(self, template: str, *messages: str, **values: object) -> None:
         """Finish with a page; the messages are said above all."""
         page, site = self.settings["pages"].get_template(template), self.site
-        notices = [self.say("ends", date=site.notice)] if site.notice else []
+        if site.notice:
+            ends = Phrase("The certificate of this page ends on {date}: tell your teacher.")
+            messages = (self.say(ends, date=site.notice), *messages)
         has_authority = site.certificate.authority is not None
 
         # Nobody waits for it: a visitor who has left is no error for the log.
         self.finish(
             page.render(
                 title=site.title,
-                messages=[*notices, *filter(None, messages)],
+                messages=[*filter(None, messages)],
                 trust=f"/{TRUST_PATH}" if has_authority else "",
                 ports=ports_of([site.port, *site.ports.values()]),
                 **values,
@@ -7123,6 +6740,8 @@ class LandingHandler(PageHandler):
 
     async def get(self, path: str) -> None:
         """Show the page, or lead /USERNAME/anything to the student's server."""
+        nobody = Phrase("Nobody here has this user name.")
+        who = Phrase("Who are you? The address leads to your own notebook.")
         asked = self.get_query_argument("username", None)
         query, common = self.request.query, path.partition("/")[0] == COMMON
 
@@ -7135,9 +6754,11 @@ class LandingHandler(PageHandler):
             await self.lead(username, target)
         elif asked is not None or path and not common:
             self.set_status(404)
-            await self.show_students("nobody", path, query if common else None)
+            await self.show_students(self.say(nobody), path, query if common else None)
+        elif common:
+            await self.show_students(self.say(who), path, query)
         else:
-            await self.show_students("who" * common, path, query if common else None)
+            await self.show_students("", path, None)
 
     async def show_students(self, message: str, path: str, query: str | None) -> None:
         """Show who has a notebook.
@@ -7151,7 +6772,7 @@ class LandingHandler(PageHandler):
 
         await self.show(
             "landing.html",
-            self.say(message),
+            message,
             action=action,
             link=link,
             query=query,
@@ -7166,7 +6787,7 @@ class LandingHandler(PageHandler):
             self.set_status(503)
             has_failed = username in site.failed
             self.set_header("Refresh", "5" if has_failed else "1")  # the same address again
-            await self.show("wait.html", self.say("failed" if has_failed else "starting"))
+            await self.show("wait.html", self.say(NOT_STARTED if has_failed else STARTING))
             return
 
         host = site.address.replace("{username}", username)
@@ -7212,8 +6833,8 @@ class TrustHandler(PageHandler):
             return
 
         systems = [
-            (name, label, re.search(pattern, browser or "") is not None)
-            for name, label, pattern in SYSTEMS
+            (label, self.say(steps), re.search(pattern, browser or "") is not None)
+            for label, pattern, steps in SYSTEMS
         ]
         systems.sort(key=lambda system: not system[2])
 
@@ -7229,10 +6850,10 @@ class TrustHandler(PageHandler):
 class PasswordHandler(PageHandler):
     """The form in which a student changes their password."""
 
-    async def get(self, answer: str = "") -> None:
+    async def get(self, answer: Phrase | None = None) -> None:
         username = self.get_argument("username", "")
-        is_changed = answer == "changed"
-        message = self.say(answer)
+        is_changed = answer == CHANGED
+        message = self.say(answer) if answer else ""
         await self.show("password.html", message, username=username, is_changed=is_changed)
 
     async def post(self) -> None:
@@ -7300,9 +6921,9 @@ async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> N
     turn, answers = asyncio.Lock(), asyncio.Queue[NewPassword]()
     places = asyncio.Semaphore(MAX_WISHES)
 
-    async def ask(wish: NewPassword) -> str:
+    async def ask(wish: NewPassword) -> Phrase:
         if places.locked():
-            return "busy"
+            return CROWDED
         async with places, turn:
             channel.send_message(wish, wait=False)
             while (back := await answers.get()).username != wish.username:
@@ -7582,10 +7203,11 @@ class ServerState(enum.Enum):
 
 @dataclasses.dataclass
 class StartContext:
-    """What all servers share when they start; a reload changes the first two."""
+    """What all servers share when they start; a reload changes the first three."""
 
     config: Config
     certificate: Certificate
+    language: Language
     template: Template
     slots: asyncio.Semaphore  # of those that start at once
     ports: str = ""  # for people
@@ -7817,7 +7439,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         title=config.web_title,
         page_url=f"https://{visible_address(config)}:{config.port}/",
         any_host=not config.server_address,
-        language=config.language,
+        language=context.language,
         ports=context.ports,
         course=str(config.path),
         port=server.port,
@@ -7870,15 +7492,29 @@ def is_password_of(roster: Roster, username: str, password: str) -> bool:
     return known != b"" and hmac.compare_digest(known, given)
 
 
-def password_fault(wish: NewPassword) -> str:
-    """Return the phrase that says what is wrong with a new password, or nothing."""
-    faults = {
-        "differ": not wish.new,
-        "same": wish.new == wish.old,
-        "has_name": wish.username in wish.new,
-        "weak": not GOOD_PASSWORD.fullmatch(wish.new),
-    }
-    return next((fault for fault, found in faults.items() if found), "")
+class Refusal(Error):
+    """A student gets no new password; the phrase tells them why."""
+
+    def __init__(self, phrase: Phrase) -> None:
+        super().__init__(phrase)
+        self.phrase = phrase
+
+
+def check_new_password(wish: NewPassword) -> None:
+    """Raise a Refusal of a password that will not do."""
+    if not wish.new:
+        raise Refusal(Phrase("The new password must be typed twice in the same way."))
+    if wish.new == wish.old:
+        raise Refusal(Phrase("That is your password already: think of a new one."))
+    if wish.username in wish.new:
+        raise Refusal(Phrase("Your user name must not be in the new password."))
+    if not GOOD_PASSWORD.fullmatch(wish.new):
+        raise Refusal(
+            Phrase(
+                "The new password must have 10 to 100 letters, digits and signs of an"
+                " English keyboard, and not begin with = + - or @."
+            )
+        )
 
 
 class Launcher:
@@ -7890,7 +7526,8 @@ class Launcher:
         path = course.config.path
         template = Template(role="template", course=path)
         slots = asyncio.Semaphore(os.cpu_count() or 1)
-        self.context = StartContext(course.config, certificate, template, slots)
+        language = read_language(course.config.language)
+        self.context = StartContext(course.config, certificate, language, template, slots)
         self.options = course.options
         self.servers: dict[str, Server] = {}
         self.web = Webserver(
@@ -7944,7 +7581,7 @@ class Launcher:
         rows.sort(key=lambda row: alphabetic(row[1] or row[0]))  # by what is shown
 
         return Site(
-            language=config.language,
+            language=self.context.language,
             title=config.web_title,
             address=config.server_address,
             port=config.port,
@@ -8130,6 +7767,7 @@ class Launcher:
             config = dataclasses.replace(course.config, port=self.context.config.port)
             course = dataclasses.replace(course, config=config, options=self.options)
             certificate = await asyncio.to_thread(ensure_certificate, config)
+            language = read_language(config.language)
             ensure_capacity(course)
             with course.roster.locked():
                 gone = self.servers_not_in(course.roster)
@@ -8148,7 +7786,7 @@ class Launcher:
             self.web.greet()
             return
 
-        self.context.config = config
+        self.context.config, self.context.language = config, language
         if certificate != self.context.certificate:
             self.hand_over(certificate)
             self.say_fingerprints()
@@ -8177,37 +7815,38 @@ class Launcher:
                 # Of other courses.
                 spared = {x.pid for x in every if read_name(x.pid) == SERVER_NAME} - {pid}
                 await asyncio.to_thread(end_families, {uid: {pid}}, spared)
-            answer = "changed"
+            answer = CHANGED
 
+        except Refusal as refusal:
+            answer = refusal.phrase
         except Exception as error:  # whatever it is, the student must have an answer
-            answer = explain(error)
-            if type(error) is not Error:  # it names our files
-                log.warning("%s: no new password: %s", wish.username, answer)
-                answer = "not_changed"
+            log.warning("%s: no new password: %s", wish.username, explain(error))
+            answer = Phrase("Not changed: try again in a minute, or ask your teacher.")
 
         self.web.tell(NewPassword(wish.username, "", "", answer))
 
     async def write_password(self, wish: NewPassword) -> Server:
         """Write a new password into the list, if the old one is right.
 
-        Returns: the server, which has the old one. Raises: Error, for the student;
-        UsageError or OSError.
+        Returns: the server, which has the old one. Raises: Refusal, Error or OSError.
         """
+        wrong = Phrase("The user name or the old password is wrong.")
         server, username = self.servers.get(wish.username), wish.username
         if not server:  # no log shows what a stranger has typed
-            raise Error("wrong_old")
+            raise Refusal(wrong)
         roster = Roster(self.context.config.user_list)
         # Before it is locked, or who tries passwords would stop commands of the teacher's.
         if not is_password_of(roster, username, wish.old):
-            raise Error("wrong_old")
-        if fault := password_fault(wish):
-            raise Error(fault)
+            raise Refusal(wrong)
+        check_new_password(wish)
 
         with roster.locked():
             if not is_password_of(roster, username, wish.old):  # it has been read again
-                raise Error("wrong_old")
+                raise Refusal(wrong)
             if server.state is ServerState.STARTING:
-                raise Error("is_starting")
+                raise Refusal(
+                    Phrase("Your notebook is just being started: try again in a minute.")
+                )
 
             roster.update(username, nb_pass=wish.new)
             await asyncio.to_thread(roster.save)

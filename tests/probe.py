@@ -108,6 +108,7 @@ def main(config_file: str, username: str) -> None:
     context = notebooks.StartContext(
         config=course.config,
         certificate=notebooks.ensure_certificate(course.config),
+        language=notebooks.read_language(course.config.language),
         template=notebooks.Template(role="template", course=Path()),
         slots=asyncio.Semaphore(),
     )

@@ -11,7 +11,6 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
 from conftest import CourseMaker
-from notebooks import phrase
 from support import (
     chromium,
     computes,
@@ -116,7 +115,7 @@ def test_the_log_in_page_says_whose_notebook_it_is_and_leads_back(
         use(phone, "code", username)
         use(phone, "h1", "Physics <b>& more")
         assert phone.title == "Physics <b>& more"
-        use(phone, "body", phrase("en", "which"))
+        use(phone, "body", "Type the password of your notebook, not that of your account.")
         assert fits(phone)
         use(phone, "a", "Not yours?", WebElement.click)
         wait_until(lambda: phone.current_url == course.url, 30, "the landing page")
@@ -124,13 +123,13 @@ def test_the_log_in_page_says_whose_notebook_it_is_and_leads_back(
         phone.get(course.notebook_url(username) + "tree?at=home")
         sys_pass = course.rows()[username]["sys-pass"]
         use(phone, "input[type=password]", "", write(sys_pass, Keys.ENTER))
-        use(phone, "[role=alert]", phrase("en", "wrong"))
+        use(phone, "[role=alert]", "That was not the password of this notebook.")
         assert fits(phone)
         log_in(phone, course, username)
         wait_until(lambda: "tree?at=home" in phone.current_url, 30, "what was wanted")
 
         phone.get(course.notebook_url(username) + "logout")
-        use(phone, "button", phrase("en", "log_out"), WebElement.click)
+        use(phone, "button", "Log out", WebElement.click)
         use(phone, "h2", "You have logged out of the notebook of")
         assert fits(phone)
         use(phone, "a", "Log in again", WebElement.click)

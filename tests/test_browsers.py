@@ -68,7 +68,7 @@ def test_a_student_comes_from_the_warning_to_a_saved_result_and_leaves(
     assert saved == ["5050"]
 
     browser.get(course.notebook_url(username) + "logout")
-    use(browser, "button", notebooks.phrase("en", "log_out"), WebElement.click)
+    use(browser, "button", "Log out", WebElement.click)
     use(browser, "h2", "You have logged out of the notebook of")
     browser.get(course.notebook_url(username))
     use(browser, "input[type=password]")

@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 
-from notebooks import NewPassword, Ready, Site, Webserver, phrase
+from notebooks import CHANGED, NewPassword, Ready, Site, Webserver
 from support import Course, LogInRefused, Notebook, fetch, held, is_ours, wait_until
 
 pytestmark = pytest.mark.root
 
 NEW = 'a "good", new; password'
-CHANGED = phrase("en", "changed")
 
 
 @pytest.fixture(scope="module")

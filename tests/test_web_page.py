@@ -90,7 +90,7 @@ def check_page(text: str, policy: str) -> Page:
 
 def landing_page(students: Sequence[tuple[str, str, int]], *messages: str) -> Page:
     environment = jinja2.Environment(autoescape=True)
-    notebooks.add_pages(environment, "en")
+    notebooks.add_pages(environment, notebooks.Language())
     text = environment.get_template("landing.html").render(
         title=TITLE,
         students=students,
