@@ -3573,7 +3573,8 @@ NO_LIMIT = (1 << 64) - 1  # org.freedesktop.systemd1(5)
 SCOPE_SECONDS = 10.0  # in which systemd must have moved a process
 TEACHERS_WEIGHT = 10000  # of the processors, where each student has 100: the most there is
 RESERVED_BYTES = 256 << 20  # for root's log-in
-HOSTS_SHARE = 10  # percent of memory and processes that students leave to the host
+HOSTS_SHARE = 0.1  # of memory and processes, which students leave to the host
+HOSTS_BYTES = 512 << 20  # which the host has at least, or else half of its memory
 
 FULL_SHARE = 0.9  # of the memory, where a cell is interrupted
 USAGE_SECONDS = 1.0  # between two looks at what a student uses
@@ -3696,15 +3697,20 @@ def limits_call(uid: int, limits: Limits) -> Call:
     )
 
 
+def hosts_memory(total: int) -> int:
+    """Return how many bytes of a host's memory students leave to it."""
+    return max(int(total * HOSTS_SHARE), min(HOSTS_BYTES, total // 2))
+
+
 def host_calls() -> Iterator[Call]:
     """Yield the calls that leave the host, its teachers and root enough to go on."""
-    share = (100 - HOSTS_SHARE) / 100
+    memory = psutil.virtual_memory().total
     threads = int(Path("/proc/sys/kernel/threads-max").read_text())
 
     for file, name, value in (
-        ("memory.max", "MemoryMax", int(psutil.virtual_memory().total * share)),
+        ("memory.max", "MemoryMax", memory - hosts_memory(memory)),
         ("memory.min", "MemoryMin", RESERVED_BYTES),
-        ("pids.max", "TasksMax", int(threads * share)),
+        ("pids.max", "TasksMax", int(threads * (1 - HOSTS_SHARE))),
     ):
         path = CGROUP_DIR / STUDENTS_SLICE / file
         # What the administrator has set stays.

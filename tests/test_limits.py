@@ -61,6 +61,12 @@ def test_the_row_of_a_student_goes_before_the_limits_for_all(tmp_path: Path) -> 
     assert found == [notebooks.Limits(*each) for each in expected]
 
 
+def test_students_leave_a_tenth_of_the_memory_or_half_a_gigabyte_to_the_host() -> None:
+    gib = 1 << 30
+    found = [notebooks.hosts_memory(int(x * gib)) for x in (0.5, 1, 2, 8, 64)]
+    assert found == [gib // 4, gib // 2, gib // 2, int(0.8 * gib), int(6.4 * gib)]
+
+
 @pytest.mark.root
 @needs_no_slices
 @pytest.mark.parametrize("place", ["cfg", "list"])

@@ -115,13 +115,19 @@ print(json.dumps({
 os.kill(launcher, 15)
 launch.wait()
 """
+# Not in the kernel, which ends when there is no memory.
 FORK_FOR_EVER = """
+import subprocess
+code = '''
 import os
 while True:
     try:
         os.fork()
     except OSError:
         pass
+'''
+loop = ["sh", "-c", 'while :; do python3 -c "$0"; done', code]
+forks = subprocess.Popen(loop, stderr=subprocess.DEVNULL)
 """
 
 
@@ -626,7 +632,7 @@ def test_a_student_who_takes_all_there_is_does_not_slow_down_another(lab: Lab) -
     servers = lab.servers("ada")
     kernels["loop"].execute(BUSY_LOOPS)
     kernels["grow"].execute(GROW_FOR_EVER)
-    kernels["fork"].submit(FORK_FOR_EVER)
+    kernels["fork"].execute(FORK_FOR_EVER)
 
     def refused() -> bool:
         # Before Linux 6.11 it is counted where the fork is tried, not where the limit is.
@@ -690,9 +696,12 @@ def test_what_a_student_runs_by_ssh_shares_the_limits_of_the_notebooks(lab: Lab)
 
     wait_until(is_gone, 60, "ada has logged out")
     assert notebook.execute("x + 1") == "42"
-    assert all(
-        x.startswith(f"{place}notebooks-ada-") for x in lab.processes("ada").values()
-    )
+
+    def is_alone() -> bool:  # systemd's own process for ada ends a little later
+        scopes = lab.processes("ada").values()
+        return all(x.startswith(f"{place}notebooks-ada-") for x in scopes)
+
+    wait_until(is_alone, 60, "nothing but the notebook runs")
     assert lab.count("ada", "memory.max") == str(400 * MEGABYTE)
 
 
@@ -794,7 +803,7 @@ def test_students_without_limits_leave_the_host_enough_memory(small_lab: Lab) ->
     lab, ssh = small_lab, small_lab.machine.ssh
     total = int(re.findall(r"MemTotal: *(\d+) kB", lab.machine.read("/proc/meminfo"))[0])
     limit = int(lab.machine.read("/sys/fs/cgroup/user.slice/memory.max"))
-    assert limit == pytest.approx(total * 1024 * 0.9, rel=0.01)
+    assert limit == pytest.approx(total * 1024 / 2, rel=0.01)
     launcher = lab.property("MainPID")
 
     def take_all(username: str) -> None:
