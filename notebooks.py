@@ -257,12 +257,12 @@ def counted(number: int, noun: str) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """Return a number of bytes as people read it, such as 1.5 GB."""
+    """Return a number of bytes as people read it, such as 1.5 GB; `1G` is 1.0 GB."""
     size = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
+        size /= 1024
     return f"{size:.1f} TB"
 
 

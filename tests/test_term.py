@@ -243,7 +243,7 @@ def test_nothing_is_copied_where_there_is_no_room_for_all_of_it(term: Course) ->
         before = {name: snapshot(term.home(name)) for name in term.students}
         done = term.run("send", "--only", student)
         assert done.returncode == 2
-        assert "748.4 kB are missing" in done.stderr or " kB are missing" in done.stderr
+        assert " kB are missing" in done.stderr
         assert f"{account.pw_dir} to send 1.0 MB; nothing was copied" in done.stderr
         assert {name: snapshot(term.home(name)) for name in term.students} == before
 
@@ -271,7 +271,7 @@ def test_nothing_is_copied_where_homes_have_no_room_together(term: Course) -> No
             )
         (term.material / "large").write_bytes(bytes(1 << 20))
         done = term.run("send")
-        assert done.returncode == 2 and "to send 3.1 MB; nothing was copied" in done.stderr
+        assert done.returncode == 2 and "to send 3.0 MB; nothing was copied" in done.stderr
         assert not any((home / "course/material/large").exists() for home in moved)
     finally:
         for path in (*moved, shelf):
