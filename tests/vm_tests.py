@@ -645,20 +645,20 @@ def test_a_student_who_takes_all_there_is_does_not_slow_down_another(lab: Lab) -
 
     kernels = {x: lab.open("ada", f"{x}.ipynb") for x in ("grow", "loop", "fork")}
     servers = lab.servers("ada")
-    kernels["loop"].execute(BUSY_LOOPS)
-    kernels["grow"].execute(GROW_FOR_EVER)
-    kernels["fork"].execute(FORK_FOR_EVER)
+
+    def killed() -> bool:
+        return "oom_kill 0\n" not in lab.count("ada", "memory.events") + "\n"
 
     def refused() -> bool:
         # Before Linux 6.11 it is counted where the fork is tried, not where the limit is.
         counts = machine.ssh(f"cat {lab.slice('ada')}/*/pids.events").split()
         return any(int(count) for count in counts[1::2])
 
-    def killed() -> bool:
-        return "oom_kill 0\n" not in lab.count("ada", "memory.events") + "\n"
-
-    wait_until(refused, SECONDS, "all processes have been started")
+    kernels["grow"].execute(GROW_FOR_EVER)
     wait_until(killed, SECONDS, "all memory has been used")
+    kernels["loop"].execute(BUSY_LOOPS)
+    kernels["fork"].execute(FORK_FOR_EVER)
+    wait_until(refused, SECONDS, "all processes have been started")
     bob.close_tab()  # for which nobody has read since
     bob.open_tab()
     loaded = {name: median_of(action) for name, action in measured.items()}
