@@ -37,10 +37,11 @@ UPSTREAM_PREFIX = /opt/notebooks-upstream
 NBGRADER_PREFIX = /opt/notebooks-nbgrader
 KERNELS_PREFIX = /opt/notebooks-kernels
 EXTENSIONS_PREFIX = /opt/notebooks-extensions
+GATEWAY_PREFIX = /opt/notebooks-gateway
 EXTENSIONS = jupyter-collaboration jupyterlab-git jupyter-resource-usage jupyter-server-proxy \
     jupyterlab-lsp python-lsp-server ipympl nbgitpuller jupyter-archive nbclassic voila
 INSTALLED = $(TEST_PREFIX)/installed $(NBGRADER_PREFIX)/installed \
-    $(KERNELS_PREFIX)/installed $(EXTENSIONS_PREFIX)/installed
+    $(KERNELS_PREFIX)/installed $(EXTENSIONS_PREFIX)/installed $(GATEWAY_PREFIX)/installed
 TESTS := tests/test_idle.py $(shell ls -S tests/test_*.py | grep -v test_idle)
 WORKERS = 3
 RUN = python
@@ -354,6 +355,14 @@ $(KERNELS_PREFIX)/installed: | test-packages
 	    share/jupyter/kernels/xpython*/kernel.json
 	touch $@
 
+# It wants another major version of jupyter_server than ours.
+$(GATEWAY_PREFIX)/installed: | test-packages
+	umask 022
+	$(PYTHON) -m venv $(GATEWAY_PREFIX)
+	$(GATEWAY_PREFIX)/bin/pip install --quiet --disable-pip-version-check \
+	    jupyter_enterprise_gateway ipykernel
+	touch $@
+
 # Extensions are part of each server of their environment: not of those of other tests.
 # Two pips at once would build this directory's package in each other's files.
 $(EXTENSIONS_PREFIX)/installed: setup.cfg Makefile | $(TEST_PREFIX)/installed
@@ -376,7 +385,7 @@ $(TESTS):
 test: test-environments
 	umask 022
 	export NBGRADER_PREFIX=$(NBGRADER_PREFIX) EXTENSIONS_PREFIX=$(EXTENSIONS_PREFIX)
-	export KERNELS_PREFIX=$(KERNELS_PREFIX)
+	export KERNELS_PREFIX=$(KERNELS_PREFIX) GATEWAY_PREFIX=$(GATEWAY_PREFIX)
 	export PATH=$(TEST_PREFIX)/bin:$$PATH
 	$(MAKE) --no-print-directory --jobs=$(WORKERS) --keep-going --output-sync $(TESTS)
 	echo "Not tested: the service, limits and reboots; make test-vm does it."

@@ -1229,6 +1229,10 @@ def parse_language(text: str) -> str:
 parse_group = matching(
     USERNAME.pattern, "a group name: lower-case letters, digits, - and _"
 )
+parse_gateway = matching(
+    r"https?://[^\s/?#@]+(/[^\s?#]*)?",
+    "an address such as `https://gateway.example.org:8888`",
+)
 parse_profile = matching(
     r"(?!\.\.?$)[\w.-]+", "the name of an IPython profile, such as `course`"
 )
@@ -1271,6 +1275,10 @@ class Config:
     debugger: bool = setting("Launch", parse_bool, "no")
     tcp_kernels: bool = setting("Launch", parse_bool, "yes")
     own_packages: bool = setting("Launch", parse_bool, "yes")
+    gateway_url: str = setting("Launch", parse_gateway)
+    gateway_token_file: Path | None = setting("Launch", optional(parse_path))
+    gateway_kernel: tuple[str, ...] = setting("Launch", parse_patterns)
+    gateway_ca: Path | None = setting("Launch", optional(parse_path))
     storage_dir: Path = setting("Shutdown", parse_path, "storage")
     owner: str = setting("Shutdown", parse_owner)
     retrieve_limit: int = setting("Shutdown", parse_size, "1G")
@@ -1319,9 +1327,10 @@ class Config:
 
     @property
     def private_paths(self) -> list[Path]:
-        certificates = self.cert_file, self.key_file, self.path.with_name(CERTIFICATE_NAME)
-        paths = (self.path, self.user_list, self.storage_dir, self.archive_dir)
-        return [Path(os.path.realpath(x)) for x in (*paths, *certificates) if x]
+        secret = self.cert_file, self.key_file, self.gateway_token_file
+        paths = (self.path, self.user_list, self.storage_dir, self.archive_dir, *secret)
+        own = self.path.with_name(CERTIFICATE_NAME)
+        return [Path(os.path.realpath(x)) for x in (*paths, own) if x]
 
     @property
     def storage_owner(self) -> pwd.struct_passwd:
@@ -5004,6 +5013,18 @@ COURSE_BIN = Path(sys.executable).parent
 COURSE_ALONE = ("jupyter-lab", "jupyter-notebook", "jupyter-server", "notebooks.py")
 
 
+class Gateway(Message):
+    """Where kernels run that do not run on this host; without a url all are here."""
+
+    url: str = ""
+    token: str = ""  # the webserver does not know it
+    kernels: Sequence[str] = ()  # patterns of names; without any, all kernels are there
+    authority: str = ""  # in PEM format; empty: those that this host trusts
+
+    def context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cadata=self.authority or None)
+
+
 class ServerOrder(Message):
     """All that a student's server is told; the password is a hash in Jupyter's format.
 
@@ -5035,6 +5056,7 @@ class ServerOrder(Message):
     tcp_kernels: bool = False
     own_packages: bool = False
     certificate: Certificate = Certificate("", "")
+    gateway: Gateway = Gateway()
     # It may hold secrets.
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -5316,9 +5338,7 @@ class StudentKernels(Upstream):  # type: ignore[misc]
         """Show text in the tabs of a kernel, below its cell; if it has none, in all."""
         every = self.parent.kernel_websocket_connection_class._open_sockets
         for tab in self.tabs_of(kernel_id) or every:
-            tab.handle_outgoing_message(
-                tab.channels["iopub"], tab.unread.stream_parts(text)
-            )
+            tab.show(text)
         if waiting := self.waiting_for(kernel_id):
             waiting["buffer"].append(("iopub", waiting["buffer"].stream_parts(text)))
 
@@ -5345,7 +5365,7 @@ class StudentKernels(Upstream):  # type: ignore[misc]
         # Only now, for it takes a look at all processes of the host.
         sizes = {x: memory_of(self.get_kernel(x)) for x in self.list_kernel_ids()}
         largest = max(sizes, key=sizes.__getitem__, default="")
-        if not largest:
+        if not sizes.get(largest):  # there is none, or none of this host
             return
 
         if is_refused:
@@ -5378,12 +5398,16 @@ class StudentKernels(Upstream):  # type: ignore[misc]
             await super().cull_kernel_if_idle(kernel_id)
 
         if kernel_id not in self and state != "dead":
-            model |= {"execution_state": "dead", "connections": 0}
-            model["reason"] = KERNEL_ENDED.format(words)
-            with contextlib.suppress(OSError):  # a full disk
-                end_file(kernel_id).write_text(json.dumps(model))
-            for tab in tabs:
-                tab.websocket_handler.close(TRY_AGAIN)
+            self.tell_end(model, words, tabs)
+
+    def tell_end(self, model: dict[str, Any], words: str, tabs: list[Any]) -> None:
+        """Have the tabs of a kernel that is gone ask about it, and then say why."""
+        model |= {"execution_state": "dead", "connections": 0}
+        model["reason"] = KERNEL_ENDED.format(words)
+        with contextlib.suppress(OSError):  # a full disk
+            end_file(model["id"]).write_text(json.dumps(model))
+        for tab in tabs:
+            tab.websocket_handler.close(TRY_AGAIN)
 
     def kernel_model(self, kernel_id: str) -> Any:
         if kernel_id not in self:
@@ -5546,6 +5570,10 @@ class StudentTab(Upstream):  # type: ignore[misc]
         super().disconnect()
         self.waiting["buffer"] = self.unread
 
+    def show(self, text: str) -> None:
+        """Show text below the cell that was run last."""
+        self.handle_outgoing_message(self.channels["iopub"], self.unread.stream_parts(text))
+
     def handle_outgoing_message(self, stream: Any, outgoing_msg: list[bytes]) -> None:
         _, parts = self.session.feed_identities(outgoing_msg)
         if stream.channel == "iopub":
@@ -5587,7 +5615,331 @@ def end_file(name: str) -> Path:
     return Path(os.environ["JUPYTER_RUNTIME_DIR"], f"ended-{name}")
 
 
-# == Launch 2: the notebook server of a student ============================================
+# == Launch 2: kernels on a gateway ========================================================
+#
+# Kernels may run elsewhere, behind a Jupyter Enterprise Gateway or Kernel Gateway. Whoever
+# has its token reaches everybody's kernels. So a student's server alone has it, which runs
+# no code of theirs, and asks for nothing but kernels that it has started itself, by
+# addresses in which nothing is a student's. It says whose they are.
+
+GATEWAY_SECONDS = 4.0  # between two looks; and in which it must have taken a connection
+GATEWAY_ANSWER_SECONDS = 6.0  # to a question that needs no work
+GATEWAY_PATIENCE_SECONDS = 2.0  # of a page, and of a server that ends
+GATEWAY_BYTES = 100 << 20  # of a message; Tornado has no more room
+KEEPALIVE = (  # of a connection: tcp(7)
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+)
+# Gateways put it into templates of YAML, and students choose names of directories.
+SAFE_DIRECTORY = re.compile(r"[\w/.,+@ -]{1,4000}")
+CLUSTER_AWAY = (
+    "\nThe cluster where this kernel runs does not answer. What you run now waits for it;"
+    " your files and terminals work meanwhile.\n"
+)
+CLUSTER_BACK = "\nThe cluster answers again.\n"
+
+
+def read_gateway(config: Config) -> Gateway:
+    """Return what the configuration says of the gateway; raises UsageError."""
+    token, path, authority = "", config.gateway_token_file, config.gateway_ca
+    try:
+        if not config.gateway_url and (path or authority or config.gateway_kernel):
+            raise ValueError("gateway_url is missing")
+        if path:
+            token = path.read_text("ascii").strip()
+            if path.stat().st_mode & 0o077:
+                raise ValueError(f"others can read the token; run `chmod 600 {path}`")
+            if not re.fullmatch("[!-~]+", token):
+                raise ValueError(f"{path} must be one line, the token")
+        pem = authority.read_text("ascii") if authority else ""
+        gateway = Gateway(config.gateway_url.rstrip("/"), token, config.gateway_kernel, pem)
+        gateway.context()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{config.path}: the gateway: {explain(error)}") from None
+    return gateway
+
+
+def use_gateway(app: Any, gateway: Gateway) -> None:
+    """Tell Jupyter's client of the gateway; not by configuration, which others can see."""
+    client, near = app.gateway_config, app.kernel_websocket_connection_class
+    client.url, client.auth_token = gateway.url, gateway.token
+    client.connect_timeout = GATEWAY_SECONDS
+    client.request_timeout = float(os.environ.get("KERNEL_LAUNCH_TIMEOUT", "40")) + 2
+    client.init_connection_args()
+    # The token is for this address alone; and Jupyter forgets its `ca_certs`.
+    client._connection_args |= {"follow_redirects": False, "ssl_options": gateway.context()}
+
+    far = with_upstream(RemoteTab)
+    app.web_app.settings["kernel_websocket_connection_class"] = lambda parent, **options: (
+        far if hasattr(parent, "kernel_url") else near
+    )(parent=parent, **options)
+
+
+def kernel_managers(gateway: Gateway) -> tuple[Any, Any]:
+    """Return the classes of a server's managers: of kernels, and of what there is."""
+    if gateway.url:
+        return RemoteKernels, RemoteKernelSpecs
+    return StudentKernels, StudentKernelSpecs
+
+
+def gateway_fault(error: Exception) -> str:
+    """Say for people why the gateway has not done what it was asked."""
+    code = getattr(error.__cause__ or error, "code", 0)
+    if not 400 <= code < 502:  # or a proxy has said so
+        return "the cluster does not answer; try again later"
+    return printable(f"the cluster answers {' / '.join(map(str, error.args))}")[:500]
+
+
+async def ask_gateway(url: str) -> Any:
+    """Return what the gateway answers at once; Jupyter's own request takes its time."""
+    from jupyter_server.gateway.gateway_client import GatewayClient
+    from tornado.httpclient import AsyncHTTPClient
+
+    client: Any = GatewayClient.instance()
+    options = {**client.load_connection_args(), "request_timeout": GATEWAY_ANSWER_SECONDS}
+    return json.loads((await AsyncHTTPClient().fetch(url, **options)).body)
+
+
+class RemoteKernelSpecs(StudentKernelSpecs):
+    """A finder of kernels here and on the gateway; how those start is not for students."""
+
+    remote: dict[str, Any]
+    next_look = 0.0
+    look: "asyncio.Task[None] | None" = None
+
+    def is_remote(self, name: str) -> bool:
+        patterns = self.order.gateway.kernels
+        return not patterns or any(fnmatch.fnmatchcase(name, each) for each in patterns)
+
+    def get_kernel_spec(self, kernel_name: str) -> Any:
+        if not self.is_remote(kernel_name):
+            return super().get_kernel_spec(kernel_name)
+        if kernel_name in self.remote:
+            return self.remote[kernel_name]
+        raise importlib.import_module("jupyter_client.kernelspec").NoSuchKernel(kernel_name)
+
+    async def get_all_specs(self) -> dict[str, Any]:
+        if time.monotonic() > self.next_look:
+            self.next_look = time.monotonic() + 6 * GATEWAY_ANSWER_SECONDS
+            self.look = asyncio.create_task(self.take_specs())
+        if self.look:
+            await asyncio.wait([self.look], timeout=GATEWAY_PATIENCE_SECONDS)
+        found = super().get_all_specs() if self.order.gateway.kernels else {}
+        far = {"resource_dir": os.devnull}
+        return found | {
+            name: far | {"spec": x.to_dict()} for name, x in self.remote.items()
+        }
+
+    async def take_specs(self) -> None:
+        from jupyter_client.kernelspec import KernelSpec
+
+        url = f"{self.order.gateway.url}/api/kernelspecs?user={self.order.username}"
+        kept = "display_name", "language", "interrupt_mode"
+        try:
+            answer = await ask_gateway(url)
+            specs = {name: each["spec"] for name, each in answer["kernelspecs"].items()}
+            self.remote = {
+                name: KernelSpec(
+                    resource_dir=os.devnull, **{x: spec[x] for x in kept if x in spec}
+                )
+                for name, spec in specs.items()
+                if self.is_remote(name)
+            }
+            if not self.order.gateway.kernels:
+                self.parent.kernel_manager.default_kernel_name = answer["default"]
+        except Exception as error:  # whatever it answers, there are other kernels
+            self.log.warning("kernels of the gateway: %s", gateway_fault(error))
+            self.next_look = time.monotonic() + GATEWAY_ANSWER_SECONDS
+
+
+class RemoteKernels(StudentKernels):
+    """A manager of kernels, of which some, or all, run on the gateway."""
+
+    tabs: set[Any]  # of those
+    is_away = False
+    look: "asyncio.Task[None] | None" = None
+
+    def is_remote(self, kernel_id: str) -> bool:
+        return hasattr(self._kernels.get(kernel_id), "kernel_url")
+
+    async def start_kernel(self, **options: Any) -> str:
+        from jupyter_client.kernelspec import KernelSpec
+        from jupyter_server.gateway.managers import GatewayKernelManager as Kernel
+
+        name = options.get("kernel_name") or self.default_kernel_name
+        if not self.kernel_spec_manager.is_remote(name):
+            return await super().start_kernel(**options)
+
+        account = pwd.getpwuid(os.getuid())
+        directory = self.cwd_for_path(options.get("path") or self.start_path)
+        identity = {
+            "KERNEL_USERNAME": account.pw_name,
+            "KERNEL_UID": str(account.pw_uid),
+            "KERNEL_GID": str(account.pw_gid),
+            "KERNEL_WORKING_DIR": account.pw_dir,
+        }
+        if SAFE_DIRECTORY.fullmatch(directory):
+            identity["KERNEL_WORKING_DIR"] = directory
+        kernel: Any = Kernel(parent=self, log=self.log)  # type: ignore[no-untyped-call]
+        try:  # without `kernel_id`, which could be somebody else's
+            await kernel.start_kernel(kernel_name=name, env=identity)
+        except Exception as error:
+            text = f"The kernel {name} cannot be started: {gateway_fault(error)}."
+            raise with_upstream(PlainError)(503, text) from None
+
+        kernel_id = str(kernel.kernel_id)
+        kernel.ready.set_result(None)
+        spec = self.kernel_spec_manager.remote.get(name) or KernelSpec()
+        kernel.kernel_name, kernel._kernel_spec = name, spec
+        self._kernels[kernel_id], self._kernel_connections[kernel_id] = kernel, 0
+        self.initialize_culler()
+        if not self.look:
+            self.look = asyncio.create_task(self.watch_gateway())
+        return kernel_id
+
+    async def shutdown_kernel(self, kernel_id: str, **options: Any) -> None:
+        if self.is_remote(kernel_id):
+            await self.get_kernel(kernel_id).shutdown_kernel()
+            self.remove_kernel(kernel_id)
+        else:
+            await super().shutdown_kernel(kernel_id, **options)
+
+    async def restart_kernel(self, kernel_id: str, **options: Any) -> None:
+        if self.is_remote(kernel_id):
+            await self.get_kernel(kernel_id).restart_kernel()
+        else:
+            await super().restart_kernel(kernel_id, **options)
+
+    async def shutdown_all(self, now: bool = False) -> None:
+        """End all kernels with this server, which waits for no gateway."""
+        remote = [*filter(self.is_remote, self.list_kernel_ids())]
+        ends = asyncio.gather(*map(self.shutdown_kernel, remote), return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ends, GATEWAY_PATIENCE_SECONDS)
+        for kernel_id in remote:
+            self.remove_kernel(kernel_id)
+        await super().shutdown_all(now=now)
+
+    def tabs_of(self, kernel_id: str) -> list[Any]:
+        far = [tab for tab in self.tabs if tab.kernel_id == kernel_id]
+        return far or super().tabs_of(kernel_id)
+
+    async def watch_gateway(self) -> NoReturn:
+        """Look at this student's kernels there, and tell tabs when it does not answer."""
+        while True:
+            await asyncio.sleep(GATEWAY_SECONDS)
+            was_away, fault = self.is_away, ""
+            try:
+                for kernel_id in filter(self.is_remote, self.list_kernel_ids()):
+                    await self.look_at(kernel_id)
+            except Exception as error:
+                fault = gateway_fault(error)
+            self.is_away = fault != ""
+            if was_away != self.is_away:
+                self.log.warning("the gateway: %s", fault or "it answers again")
+                for tab in self.tabs:
+                    tab.show(CLUSTER_AWAY if self.is_away else CLUSTER_BACK)
+
+    async def look_at(self, kernel_id: str) -> None:
+        """Take what the gateway says of a kernel, also that it is no more."""
+        kernel, known = self.get_kernel(kernel_id), self.kernel_model(kernel_id)
+        try:
+            await kernel.refresh_model(await ask_gateway(kernel.kernel_url))
+        except Exception as error:
+            if getattr(error, "code", 0) != 404:
+                raise
+            tabs = self.tabs_of(kernel_id)
+            if self.remove_kernel(kernel_id):
+                self.tell_end(known, "is not on the cluster any more", tabs)
+
+
+class RemoteTab(Upstream):  # type: ignore[misc]
+    """A tab's connection to a kernel on the gateway, made again whenever it is lost.
+
+    What comes is passed on only as fast as the tab reads it. Jupyter's own gives up after a
+    minute, takes no message of 10 MB, and none of bytes.
+    """
+
+    upstream = (
+        "jupyter_server.services.kernels.connection.base.BaseKernelWebsocketConnection"
+    )
+    gateway: Any = None
+    task: "asyncio.Task[None] | None" = None
+    is_closed = False
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.kernel_ws_protocol = ""  # that of gateways
+        self.cell: dict[str, Any] = {}  # the header of the last request to run one
+        self.unsent: list[str | bytes] = []  # while it is away
+
+    async def connect(self) -> None:
+        self.multi_kernel_manager.tabs.add(self)
+        self.multi_kernel_manager.notify_connect(self.kernel_id)
+        self.task = asyncio.create_task(self.keep_connected())
+
+    def disconnect(self) -> None:
+        """Leave the gateway, once it has what the tab has sent."""
+        self.is_closed = True
+        if self.task:
+            self.multi_kernel_manager.tabs.discard(self)
+            self.multi_kernel_manager.notify_disconnect(self.kernel_id)
+        if self.gateway:
+            self.gateway.close()
+
+    async def keep_connected(self) -> None:
+        from jupyter_server.gateway.gateway_client import GatewayClient
+        from tornado import httpclient, websocket
+
+        client: Any = GatewayClient.instance()
+        session = urllib.parse.quote(self.session_id, safe="")
+        url = f"{self.kernel_manager.kernel_url}/channels?session_id={session}"
+        while not self.is_closed:
+            arguments = client.load_connection_args()
+            request = httpclient.HTTPRequest(f"ws{url.removeprefix('http')}", **arguments)
+            try:
+                self.gateway = await websocket.websocket_connect(
+                    request, max_message_size=GATEWAY_BYTES
+                )
+                for option in KEEPALIVE:  # the host there may be gone
+                    self.gateway.protocol.stream.socket.setsockopt(*option)
+                await self.pass_on(self.gateway)
+            except Exception as error:  # it is away, or the tab is
+                self.log.debug("kernel %s: %s", self.kernel_id, explain(error))
+            finally:
+                if self.gateway:
+                    self.gateway.close()
+                self.gateway = None
+            await asyncio.sleep(1)
+
+    async def pass_on(self, gateway: Any) -> None:
+        unsent, self.unsent = self.unsent, []
+        for message in unsent:
+            await gateway.write_message(message, isinstance(message, bytes))
+        while not self.is_closed and (message := await gateway.read_message()) is not None:
+            await self.websocket_handler.write_message(message, isinstance(message, bytes))
+
+    def handle_incoming_message(self, message: str | bytes) -> None:
+        if isinstance(message, str) and '"execute_request"' in message:
+            self.cell = json.loads(message)["header"]
+            if self.multi_kernel_manager.is_away:
+                self.show(CLUSTER_AWAY)
+        if self.gateway:
+            self.gateway.write_message(message, isinstance(message, bytes))
+        elif sum(map(len, self.unsent)) < PIECE_BYTES * 16:
+            self.unsent.append(message)
+
+    def show(self, text: str) -> None:
+        """Show text below the cell that was run last."""
+        content = {"name": "stderr", "text": text}
+        message = self.session.msg("stream", content, parent=self.cell)
+        if self.websocket_handler.ws_connection:
+            text = json.dumps({**message, "channel": "iopub"}, default=str)
+            self.websocket_handler.write_message(text)
+
+
+# == Launch 3: the notebook server of a student ============================================
 #
 # All of this runs in a fork of the template process, which becomes the student before it
 # reads anything of theirs. The fork holds the certificate's key. The student cannot trace
@@ -5697,6 +6049,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
     start_dir = home / order.start_dir
     start_path = os.path.relpath(start_dir, root_dir)
 
+    kernels, specs = kernel_managers(order.gateway)
     start_url = f"/{order.start_page}"
     exists = os.path.isdir(start_dir) and start_path != "."
     if exists:
@@ -5735,13 +6088,18 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
                 "shell_command": [*TERMINAL_SHELL, str(start_dir), account.pw_shell, "-l"]
             },
             "kernel_manager_class": with_upstream(
-                StudentKernels,
+                kernels,
                 order=order,
                 start_path=start_path,
                 transports={},
                 notebooks={},
+                tabs=set(),
             ),
-            "kernel_spec_manager_class": with_upstream(StudentKernelSpecs, order=order),
+            "kernel_spec_manager_class": with_upstream(
+                specs,
+                order=order,
+                remote={},
+            ),
             "kernel_websocket_connection_class": with_upstream(StudentTab),
             "shutdown_no_activity_timeout": order.idle_seconds,
         },
@@ -6023,6 +6381,8 @@ def make_app(
     app.no_browser_open_file = True
     app.initialize(argv=[], new_httpserver=False)
 
+    if order.gateway.url:
+        use_gateway(app, order.gateway)
     # Jupyter forgets to say so, and takes a server for idle that has terminals alone.
     for each in app.extension_manager.extension_apps.get("jupyter_server_terminals", ()):
         each.terminals_available = hasattr(each, "terminal_manager")
@@ -6175,7 +6535,7 @@ def move_output_to_log(said: StartOutput) -> None:
         os.dup2(fd, target)
 
 
-# == Launch 3: templates ===================================================================
+# == Launch 4: templates ===================================================================
 #
 # A template is a process that has imported, once, what its forks need. `Template` is the
 # launcher's side: it asks for forks and hears of their ends. `run_template` is the process:
@@ -6200,6 +6560,7 @@ REHEARSED = ("jupyter_server_terminals", "jupyterlab", "notebook", "notebook_shi
 SERVER_MODULES = (
     *("anyio._backends._asyncio", "babel.dates", "ipykernel.kernelspec"),
     *("jeepney.io.blocking", "jupyter_core.migrate", "notebook.app"),
+    "tornado.simple_httpclient",
 )
 
 
@@ -6578,7 +6939,7 @@ async def rehearse_visit(app: Any) -> None:
         raise RuntimeError(f"a rehearsed log-in page: {answer[:100]!r}")
 
 
-# == Launch 4: the landing page ============================================================
+# == Launch 5: the landing page ============================================================
 #
 # The page on the base port leads every student to their own notebook. `Webserver` is the
 # launcher's side of it; `run_webserver` is the process, which is `nobody` and knows no
@@ -6621,6 +6982,7 @@ class Site(Message):
     address: str
     port: int
     certificate: Certificate
+    gateway: Gateway
     shown: list[tuple[str, str, int]]
     ports: dict[str, int]
     failed: list[str]  # of whom a server could not be started
@@ -6919,6 +7281,31 @@ async def serve_connection(
         connection.close()
 
 
+async def watch_gateway(gateway_now: Callable[[], Gateway]) -> NoReturn:
+    """Tell the teacher once when the gateway does not answer, and when it does again."""
+    from tornado import httpclient
+
+    options: dict[str, Any] = {
+        "raise_error": False,
+        "follow_redirects": False,
+    }  # any answer will do
+    client, fault = httpclient.AsyncHTTPClient(), ""
+    while True:
+        await asyncio.sleep(GATEWAY_SECONDS)
+        gateway, before, fault = gateway_now(), fault, ""
+        try:
+            if gateway.url:
+                url = f"{gateway.url}/api/swagger.json"  # needs no token
+                options |= {"ssl_options": gateway.context()}
+                await client.fetch(url, request_timeout=GATEWAY_ANSWER_SECONDS, **options)
+        except Exception as error:  # whatever it is, there was no answer
+            fault = explain(error)
+        if fault and not before:
+            log.warning("the gateway %s, and all kernels on it: %s", gateway.url, fault)
+        elif before and not fault:
+            log.warning("the gateway %s answers again", gateway.url)
+
+
 async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> None:
     """Serve the base port until the launcher is gone: TLS, or a redirect to it."""
     import jinja2
@@ -6976,6 +7363,7 @@ async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> N
         task.add_done_callback(tasks.discard)
 
     netutil.add_accept_handler(listener, accept)
+    watch = asyncio.create_task(watch_gateway(lambda: application.settings["site"].gateway))
     with contextlib.suppress(OSError):  # the launcher is gone: seen below
         channel.send_message(Ready())
 
@@ -6984,6 +7372,7 @@ async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> N
             answers.put_nowait(message)
         elif isinstance(message, Site):
             take(message)
+    watch.cancel()
 
 
 def run_webserver(channel: Channel) -> None:
@@ -7006,7 +7395,7 @@ def run_webserver(channel: Channel) -> None:
     asyncio.run(serve_page(channel, site, listener))
 
 
-# == Launch 5: ports =======================================================================
+# == Launch 6: ports =======================================================================
 #
 # The launcher holds every student's port for as long as it runs, whether a server runs or
 # not. So no student can ever take a port of the course and collect the cookies and
@@ -7183,7 +7572,7 @@ def ensure_capacity(course: Course) -> None:
         ) from None
 
 
-# == Launch 6: the launcher ================================================================
+# == Launch 7: the launcher ================================================================
 #
 # A `Server` is the launcher's view of one student's server, from its port to its end. When
 # its process does not run, the launcher listens in its place, and a connection has it
@@ -7209,7 +7598,7 @@ class ServerState(enum.Enum):
 
 @dataclasses.dataclass
 class StartContext:
-    """What all servers share when they start; a reload changes the first three."""
+    """What all servers share when they start; a reload changes four of them."""
 
     config: Config
     certificate: Certificate
@@ -7219,6 +7608,7 @@ class StartContext:
     ports: str = ""  # for people
     tell: Callable[[], None] = lambda: None  # the page that something has changed
     has_limits: bool = False  # of memory and processors, by slices
+    gateway: Gateway = Gateway()
 
 
 @dataclasses.dataclass
@@ -7464,6 +7854,7 @@ def server_order(context: StartContext, server: Server) -> ServerOrder:
         debugger=config.debugger,
         tcp_kernels=config.tcp_kernels,
         certificate=certificate,
+        gateway=context.gateway,
         own_packages=config.own_packages,
         environment={**kept, **config.environment},
     )
@@ -7534,6 +7925,7 @@ class Launcher:
         slots = asyncio.Semaphore(os.cpu_count() or 1)
         language = read_language(course.config.language)
         self.context = StartContext(course.config, certificate, language, template, slots)
+        self.context.gateway = read_gateway(course.config)
         self.options = course.options
         self.servers: dict[str, Server] = {}
         self.web = Webserver(
@@ -7592,6 +7984,7 @@ class Launcher:
             address=config.server_address,
             port=config.port,
             certificate=self.context.certificate,
+            gateway=dataclasses.replace(self.context.gateway, token=""),
             shown=rows if config.list_students else [],
             ports={username: port for username, _, port in rows},
             failed=[x.username for x in self.servers.values() if x.has_failed],
@@ -7774,6 +8167,7 @@ class Launcher:
             course = dataclasses.replace(course, config=config, options=self.options)
             certificate = await asyncio.to_thread(ensure_certificate, config)
             language = read_language(config.language)
+            gateway = await asyncio.to_thread(read_gateway, config)
             ensure_capacity(course)
             with course.roster.locked():
                 gone = self.servers_not_in(course.roster)
@@ -7793,6 +8187,7 @@ class Launcher:
             return
 
         self.context.config, self.context.language = config, language
+        self.context.gateway = gateway
         if certificate != self.context.certificate:
             self.hand_over(certificate)
             self.say_fingerprints()
@@ -8393,6 +8788,12 @@ def command_launch(course: Course) -> int:
         log.warning(
             "debugger = yes: who debugs a notebook opens a TCP port of 127.0.0.1 without a"
             " password, through which any account of this host can run code as they"
+        )
+
+    if config.gateway_url.startswith("http:"):
+        log.warning(
+            "gateway_url is not https: the token goes to whoever answers there, such as a"
+            " student of this host while the gateway is down"
         )
 
     ensure_capacity(course)

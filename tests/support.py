@@ -79,7 +79,8 @@ SECTIONS = {
     " keep_changed ignore profile",
     "Launch": "cert_file key_file server_address web_title language root_dir launch_dir"
     " start_page port list_students on_demand idle_minutes idle_kernel_minutes debugger"
-    " tcp_kernels own_packages busy_minutes",
+    " tcp_kernels own_packages busy_minutes gateway_url gateway_token_file gateway_kernel"
+    " gateway_ca",
     "Shutdown": "storage_dir owner retrieve_limit archive_dir archive_limit",
     "Limits": "memory cpu processes disk",
 }

@@ -3,12 +3,14 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from http import HTTPStatus
 
 import psutil
 import pytest
 import websocket
 
 from support import Course, Notebook, fetch, is_ours, title_of, wait_until
+from test_gateway import PROGRAM, Gateway, course_with, running_gateway
 
 pytestmark = pytest.mark.root
 
@@ -69,7 +71,25 @@ def state_of(notebook: Notebook) -> str:
 
 
 @pytest.fixture(scope="module")
-def evening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evening]:
+def far(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Gateway, Notebook] | None]:
+    """A gateway, and a notebook with an idle kernel on it."""
+    if not PROGRAM.exists():
+        yield None
+        return
+    directory = tmp_path_factory.mktemp("far")
+    with (
+        running_gateway() as gateway,
+        course_with(gateway, directory, 1, idle_kernel_minutes=1) as course,
+    ):
+        notebook = course.notebook(course.students[0])
+        notebook.execute("1")
+        yield gateway, notebook
+
+
+@pytest.fixture(scope="module")
+def evening(tmp_path_factory: pytest.TempPathFactory, far: object) -> Iterator[Evening]:
     directory = tmp_path_factory.mktemp("course")
     with Course(directory, 6, idle_minutes=1, busy_minutes=1) as course:
         course.check("setup")
@@ -107,6 +127,18 @@ def test_a_tab_is_told_why_its_idle_kernel_was_ended(evening: Evening) -> None:
     model = evening.idle.api("GET", f"kernels/{evening.idle.kernel_id}")
     assert model["execution_state"] == "dead"
     assert "was not used for 1 minute" in model["reason"]
+
+
+def test_an_idle_kernel_on_a_gateway_is_ended_there(
+    evening: Evening, far: tuple[Gateway, Notebook] | None
+) -> None:
+    if not far:
+        pytest.skip(f"needs {PROGRAM} (make test)")
+    gateway, notebook = far
+    wait_until(lambda: state_of(notebook) == "dead", 120, "the end of an idle kernel")
+    path = f"api/kernels/{notebook.kernel_id}"
+    assert "was not used for 1 minute" in notebook.fetch(path).json["reason"]
+    assert gateway.ask(f"/{path}") == HTTPStatus.NOT_FOUND
 
 
 def test_a_tab_is_told_that_its_kernel_computed_for_nobody(evening: Evening) -> None:
