@@ -60,6 +60,7 @@ STUDENTS = 10 30
 OURS = 100 300
 HERD = 100
 LESSON = 20
+FAR = 100
 SCRIPT = $(PREFIX)/bin/notebooks.py
 BUILD_FILES = build dist *.egg-info
 
@@ -421,9 +422,10 @@ $(BENCH_PREFIX)/installed: Makefile
 	    --prefix $(BENCH_PREFIX) configurable-http-proxy
 	touch $@
 
-bench: $(TEST_PREFIX)/installed $(BENCH_PREFIX)/installed
-	BENCH_PREFIX=$(BENCH_PREFIX) PYTHONPATH=. $(TEST_PREFIX)/bin/python tests/benchmark.py \
-	    $(STUDENTS) --ours $(OURS) --herd $(HERD) --lesson $(LESSON)
+bench: $(TEST_PREFIX)/installed $(BENCH_PREFIX)/installed $(GATEWAY_PREFIX)/installed
+	export BENCH_PREFIX=$(BENCH_PREFIX) GATEWAY_PREFIX=$(GATEWAY_PREFIX) PYTHONPATH=.
+	$(TEST_PREFIX)/bin/python tests/benchmark.py $(STUDENTS) --ours $(OURS) --herd $(HERD) \
+	    --lesson $(LESSON) --far $(FAR)
 
 $(UPSTREAM_PREFIX)/installed: setup.cfg
 	umask 022

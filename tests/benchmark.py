@@ -1,6 +1,6 @@
 """Measure what a notebook server per student costs, side by side, in one run.
 
-    sudo make bench [STUDENTS="10 30"] [OURS="100 300"] [HERD=100] [LESSON=20]
+    sudo make bench [STUDENTS="10 30"] [OURS="100 300"] [HERD=100] [LESSON=20] [FAR=100]
 
 The contenders: this project, with servers started at launch, and on demand; a plain
 `jupyter-notebook` for each student, started by su(1) one after the other; JupyterHub
@@ -13,8 +13,9 @@ the CPU time until then, its proportional set size (PSS: shared pages are divide
 those who share them) and its private memory, after two quiet seconds; the rest is the
 PSS of all other processes of the contender. Then, for this project: how long a first
 visitor waits on demand, log-ins a second, and a herd of students who come within ten
-seconds, log in and run a cell; and what servers hold after a lesson. The table
-and a plot are written into bench/.
+seconds, log in and run a cell; what servers hold after a lesson; and what a student costs
+this host whose kernel runs here, or on a gateway, whose own processes do not count. The
+table and a plot are written into bench/.
 
 A contender may lose a student: the server does not start in time, or its kernel, the
 WebSocket or a cell fails. That is a figure like the others, which are then those of the
@@ -49,6 +50,7 @@ import psutil
 import conftest
 import notebooks
 import support
+from test_gateway import running_gateway
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 # Where `make bench` installs JupyterHub and its proxy.
@@ -473,6 +475,46 @@ def measure_lesson(students: int, minutes: float, script: Path) -> Iterator[Note
             yield Note(contender, lost, text)
 
 
+def measure_far(students: int, script: Path) -> Iterator[Note]:
+    """Have all students work with a kernel of this host, then with one of a gateway."""
+    with running_gateway() as gateway:
+        token = gateway.directory / "token"
+        token.write_text(gateway.token)
+        token.chmod(0o600)
+        settings = {"gateway_url": gateway.url, "gateway_token_file": token}
+        for name in ("python3", "far"):
+            with made_course(students, **settings, gateway_kernel="far") as course:
+                attempt(OURS, start_ours, course, script)
+                rows, context = course.rows(), course.context()
+
+                def work(
+                    username: str, course: support.Course = course, name: str = name
+                ) -> support.Notebook:
+                    url = course.notebook_url(username)
+                    notebook = support.Notebook(url, context)  # noqa: B023
+                    notebook.log_in(rows[username]["nb-pass"])  # noqa: B023
+                    notebook.seconds = CELL_SECONDS
+                    notebook.start_kernel(name=name)
+                    for number in range(20):
+                        run_cell(notebook, f"print('x' * {number}000)", CELL_SECONDS)
+                    return notebook
+
+                stayed = attempt_all(work, course.students, at_once=4)
+                cost, number = (
+                    cost_of(support.processes_of(stayed)),
+                    len(stayed) or math.nan,
+                )
+                lost = students - len(stayed)
+                text = (
+                    f"{students} students with a kernel {name}, after 20 cells: here"
+                    f" PSS {cost.pss / number / 1000:.1f} MB, CPU"
+                    f" {cost.cpu_seconds / number:.2f} s each; {lost} of {students} lost"
+                )
+                for notebook in stayed.values():
+                    notebook.resources.close()
+            yield Note(OURS, lost, text)
+
+
 # ---------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------
@@ -572,6 +614,8 @@ def measure_all(options: argparse.Namespace, script: Path) -> Iterator[Row | Not
         yield measure_herd(options.herd, script)
     if options.lesson:
         yield from measure_lesson(10, options.lesson, script)
+    if options.far:
+        yield from measure_far(options.far, script)
 
 
 def main() -> int:
@@ -579,6 +623,7 @@ def main() -> int:
     parser.add_argument("students", nargs="*", type=int)
     parser.add_argument("--ours", nargs="*", type=int, default=[])
     parser.add_argument("--herd", type=int, default=0)
+    parser.add_argument("--far", type=int, default=0)
     parser.add_argument("--lesson", type=float, default=0, metavar="MINUTES")
     options = parser.parse_args()
     conftest.enter_private_host()
