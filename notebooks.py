@@ -5838,8 +5838,9 @@ class RemoteKernels(StudentKernels):
             self.is_away = fault != ""
             if was_away != self.is_away:
                 self.log.warning("the gateway: %s", fault or "it answers again")
-                for tab in self.tabs:
-                    tab.show(CLUSTER_AWAY if self.is_away else CLUSTER_BACK)
+                for tab in self.tabs:  # one may be closing, or have sent a wrong header
+                    with contextlib.suppress(Exception):
+                        tab.show(CLUSTER_AWAY if self.is_away else CLUSTER_BACK)
 
     async def look_at(self, kernel_id: str) -> None:
         """Take what the gateway says of a kernel, also that it is no more."""
@@ -7285,14 +7286,16 @@ async def watch_gateway(gateway_now: Callable[[], Gateway]) -> NoReturn:
     """Tell the teacher once when the gateway does not answer, and when it does again."""
     from tornado import httpclient
 
+    # Any answer will do. It has no body, which could be 100 MB from whoever answers there.
     options: dict[str, Any] = {
+        "method": "HEAD",
         "raise_error": False,
         "follow_redirects": False,
-    }  # any answer will do
-    client, fault = httpclient.AsyncHTTPClient(), ""
+    }
+    client, away = httpclient.AsyncHTTPClient(), ""
     while True:
         await asyncio.sleep(GATEWAY_SECONDS)
-        gateway, before, fault = gateway_now(), fault, ""
+        gateway, fault = gateway_now(), ""
         try:
             if gateway.url:
                 url = f"{gateway.url}/api/swagger.json"  # needs no token
@@ -7300,10 +7303,11 @@ async def watch_gateway(gateway_now: Callable[[], Gateway]) -> NoReturn:
                 await client.fetch(url, request_timeout=GATEWAY_ANSWER_SECONDS, **options)
         except Exception as error:  # whatever it is, there was no answer
             fault = explain(error)
-        if fault and not before:
+        if fault and away != gateway.url:
             log.warning("the gateway %s, and all kernels on it: %s", gateway.url, fault)
-        elif before and not fault:
+        elif away and away == gateway.url and not fault:
             log.warning("the gateway %s answers again", gateway.url)
+        away = gateway.url if fault else ""
 
 
 async def serve_page(channel: Channel, site: Site, listener: socket.socket) -> None:

@@ -7,6 +7,7 @@ import pwd
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import urllib.parse
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import websocket
 
@@ -490,6 +492,77 @@ def test_a_gateway_that_was_killed_is_told_of_and_comes_back(
     )
     notebook.start_kernel(name="far")
     assert notebook.execute("1 + 1") == "2"
+
+
+def test_a_tab_that_cannot_be_told_keeps_nothing_from_others(
+    course: Course, gateway: Gateway, notebook: Notebook
+) -> None:
+    broken = course.notebook(course.students[0])
+    broken.start_kernel(name="far")
+    assert broken.kernel_channels
+    header = {"msg_type": "execute_request"}
+    broken.kernel_channels.send(json.dumps({"channel": "shell", "header": header}))
+    gateway.stop()
+    try:
+        wait_until(lambda: "does not answer" in log_of(course)[-200:], 20, "its absence")
+    finally:
+        gateway.go_on()
+    words_of(notebook, "The cluster answers again")
+
+
+def test_who_answers_in_its_place_fills_no_memory_of_the_webserver(
+    course: Course, gateway: Gateway
+) -> None:
+    launch = psutil.Process(course.launches[0].pid)
+    title = notebooks.WEBSERVER_TITLE
+    (webserver,) = (x for x in launch.children(True) if support.title_of(x) == title)
+    gateway.kill()
+    try:
+        before = webserver.memory_info().rss
+        with socket.create_server(("127.0.0.1", gateway.port)) as listener:
+            requests = b""
+            while b"/api/swagger.json" not in requests:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    requests += connection.recv(10_000)
+                    connection.sendall(
+                        b"HTTP/1.1 200 OK\r\nContent-Length: 90000000\r\n\r\n"
+                    )
+                    connection.sendall(bytes(89_999_999))
+                    time.sleep(0.5)
+                    assert webserver.memory_info().rss < before + 20_000_000
+    finally:
+        gateway.start()
+
+
+def test_a_gateway_that_is_no_longer_in_use_is_not_told_of(
+    course: Course, gateway: Gateway
+) -> None:
+    launch = course.launches[0]
+    reloads = launch.output.count("Reloaded")
+
+    def is_away() -> bool:
+        lines = [x for x in launch.output.splitlines() if f"gateway {gateway.url}" in x]
+        return bool(lines) and "all kernels on it" in lines[-1]
+
+    def reload(**settings: object) -> None:
+        nonlocal reloads
+        course.configure(**settings)
+        os.kill(launch.pid, signal.SIGHUP)
+        reloads += 1
+        wait_until(lambda: launch.output.count("Reloaded") == reloads, 20, "the reload")
+
+    keys = "gateway_url", "gateway_token_file", "gateway_kernel"
+    settings = {key: course.settings[key] for key in keys}
+    gateway.stop()
+    try:
+        wait_until(is_away, 30, "the teacher's line")
+        reload(**dict.fromkeys(keys, ""))
+        time.sleep(2 * notebooks.GATEWAY_SECONDS)
+        assert "gateway  answers" not in launch.output
+    finally:
+        gateway.go_on()
+        reload(**settings)
 
 
 def test_a_server_ends_its_kernels_there_and_waits_for_no_gateway(
