@@ -5848,7 +5848,9 @@ class RemoteKernels(StudentKernels):
         try:
             await kernel.refresh_model(await ask_gateway(kernel.kernel_url))
         except Exception as error:
-            if getattr(error, "code", 0) != 404:
+            answer = getattr(error, "response", None)
+            # A proxy says 404 while the gateway is started anew.
+            if not answer or b"Kernel does not exist" not in answer.body:
                 raise
             tabs = self.tabs_of(kernel_id)
             if self.remove_kernel(kernel_id):
