@@ -1230,7 +1230,7 @@ parse_group = matching(
     USERNAME.pattern, "a group name: lower-case letters, digits, - and _"
 )
 parse_gateway = matching(
-    r"https?://[^\s/?#@]+(/[^\s?#]*)?",
+    r"https?://([^\s/?#@:\[\]]+|\[[\da-fA-F:]+\])(:[1-9]\d{0,4})?(/[^\s?#]*)?",
     "an address such as `https://gateway.example.org:8888`",
 )
 parse_profile = matching(
@@ -5640,23 +5640,40 @@ CLUSTER_AWAY = (
 CLUSTER_BACK = "\nThe cluster answers again.\n"
 
 
+def read_token(path: Path) -> str:
+    token = path.read_text("utf-8-sig", "replace").strip()
+    if path.stat().st_mode & 0o077:
+        cure = f"chmod 600 {shlex.quote(str(path))}"
+        raise ValueError(f"others can read the token; run `{cure}`")
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError("must be one line, the token of the gateway")
+    return token
+
+
 def read_gateway(config: Config) -> Gateway:
     """Return what the configuration says of the gateway; raises UsageError."""
-    token, path, authority = "", config.gateway_token_file, config.gateway_ca
+    url, patterns = config.gateway_url.rstrip("/"), config.gateway_kernel
+    path, authority = config.gateway_token_file, config.gateway_ca
+    key, token, pem = "gateway_url", "", ""
     try:
-        if not config.gateway_url and (path or authority or config.gateway_kernel):
-            raise ValueError("gateway_url is missing")
+        if not url and any((path, authority, patterns)):
+            raise ValueError("is missing; without it, no other key of a gateway counts")
         if path:
-            token = path.read_text("ascii").strip()
-            if path.stat().st_mode & 0o077:
-                raise ValueError(f"others can read the token; run `chmod 600 {path}`")
-            if not re.fullmatch("[!-~]+", token):
-                raise ValueError(f"{path} must be one line, the token")
-        pem = authority.read_text("ascii") if authority else ""
-        gateway = Gateway(config.gateway_url.rstrip("/"), token, config.gateway_kernel, pem)
+            key = f"gateway_token_file = {path}"
+            token = read_token(path)
+        if authority:
+            key = f"gateway_ca = {authority}"
+            # Only comments are not ASCII; and an empty file is not to mean all authorities.
+            pem = authority.read_text("ascii", "ignore") or "-"
+        gateway = Gateway(url, token, patterns, pem)
         gateway.context()
+    except ssl.SSLError:
+        raise UsageError(
+            f"{config.path}: [Launch] {key}: there is no certificate in it (PEM format)"
+        ) from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"{config.path}: the gateway: {explain(error)}") from None
+        reason = getattr(error, "strerror", error)
+        raise UsageError(f"{config.path}: [Launch] {key}: {reason}") from None
     return gateway
 
 
@@ -7305,6 +7322,8 @@ async def watch_gateway(gateway_now: Callable[[], Gateway]) -> NoReturn:
                 await client.fetch(url, request_timeout=GATEWAY_ANSWER_SECONDS, **options)
         except Exception as error:  # whatever it is, there was no answer
             fault = explain(error)
+            if isinstance(error, ssl.SSLError):
+                fault += "; if it has an authority of your own, name that in gateway_ca"
         if fault and away != gateway.url:
             log.warning("the gateway %s, and all kernels on it: %s", gateway.url, fault)
         elif away and away == gateway.url and not fault:
@@ -7931,7 +7950,6 @@ class Launcher:
         slots = asyncio.Semaphore(os.cpu_count() or 1)
         language = read_language(course.config.language)
         self.context = StartContext(course.config, certificate, language, template, slots)
-        self.context.gateway = read_gateway(course.config)
         self.options = course.options
         self.servers: dict[str, Server] = {}
         self.web = Webserver(
@@ -8171,9 +8189,9 @@ class Launcher:
                 log.warning("another `port` counts from the next launch on")
             config = dataclasses.replace(course.config, port=self.context.config.port)
             course = dataclasses.replace(course, config=config, options=self.options)
+            gateway = await asyncio.to_thread(read_gateway, config)
             certificate = await asyncio.to_thread(ensure_certificate, config)
             language = read_language(config.language)
-            gateway = await asyncio.to_thread(read_gateway, config)
             ensure_capacity(course)
             with course.roster.locked():
                 gone = self.servers_not_in(course.roster)
@@ -8796,16 +8814,17 @@ def command_launch(course: Course) -> int:
             " password, through which any account of this host can run code as they"
         )
 
-    if config.gateway_url.startswith("http:"):
+    gateway = read_gateway(config)
+    if gateway.url.startswith("http:"):
         log.warning(
-            "gateway_url is not https: the token goes to whoever answers there, such as a"
-            " student of this host while the gateway is down"
+            "gateway_url is not https: the token goes in plain text to whoever answers"
+            " there, such as a student of this host while the gateway is down"
         )
-
     ensure_capacity(course)
     check_limits(course)
     certificate = ensure_certificate(config)
     launcher = Launcher(course, certificate, bind_base_port(config))
+    launcher.context.gateway = gateway
     with roster.locked():
         launcher.open_servers(course)
         launcher.save_ports(roster)

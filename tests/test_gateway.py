@@ -586,6 +586,30 @@ def test_a_server_ends_its_kernels_there_and_waits_for_no_gateway(
         assert course.notebook(username).api("GET", "kernels") == []
 
 
+def test_what_a_gateway_refuses_is_told_and_a_broken_file_stops_a_launch(
+    gateway: Gateway, tmp_path: Path
+) -> None:
+    token, other = tmp_path / "token", tmp_path / "broken"
+    settings: dict[str, object] = {"gateway_url": gateway.url, "gateway_token_file": other}
+    with Course(tmp_path, 1, **settings) as course:
+        course.check("setup")
+        assert course.run("launch").returncode == 2
+        assert not (tmp_path / notebooks.CERTIFICATE_NAME).exists()
+
+        for path, text in ((token, "another"), (other, "two words")):
+            path.write_text(text)
+            path.chmod(0o600)
+        course.configure(gateway_token_file=token)
+        launch = course.launch().wait_ready()
+        answer = course.notebook(course.students[0]).fetch("api/kernels", "POST", "{}")
+        assert answer.status == 503 and "the cluster answers" in answer.json["message"]
+        assert "Unauthorized" in answer.json["message"]
+
+        course.configure(gateway_token_file=other)
+        os.kill(launch.pid, signal.SIGHUP)
+        wait_until(lambda: "not reloaded: " in launch.output, 20, "the reload")
+
+
 def test_all_kernels_can_be_on_a_gateway_of_a_private_authority(
     tmp_path_factory: pytest.TempPathFactory, gateway: Gateway
 ) -> None:
@@ -633,18 +657,21 @@ def test_a_key_without_the_address_is_told(tmp_path: Path) -> None:
     path = tmp_path / "notebooks.cfg"
     path.write_text("[Launch]\ngateway_kernel = far\n")
     config, _ = notebooks.read_config(path)
-    with pytest.raises(notebooks.UsageError, match="gateway_url is missing"):
+    with pytest.raises(notebooks.UsageError, match="gateway_url: is missing"):
         notebooks.read_gateway(config)
 
 
+@pytest.mark.parametrize("key", ["gateway_token_file", "gateway_ca"])
 @pytest.mark.parametrize("text", ["", "two words", "zwölf"])
-def test_a_token_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
-    token = tmp_path / "token"
-    token.write_text(text)
-    token.chmod(0o600)
+def test_a_token_or_an_authority_that_is_none_is_refused(
+    tmp_path: Path, key: str, text: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_text(text)
+    file.chmod(0o600)
     path = tmp_path / "notebooks.cfg"
-    path.write_text("[Launch]\ngateway_url = http://a\ngateway_token_file = token\n")
+    path.write_text(f"[Launch]\ngateway_url = http://a\n{key} = file\n")
     config, problems = notebooks.read_config(path)
     assert not problems
-    with pytest.raises(notebooks.UsageError, match="gateway"):
+    with pytest.raises(notebooks.UsageError, match=f"{key} = {file}: "):
         notebooks.read_gateway(config)
