@@ -5655,6 +5655,7 @@ def read_gateway(config: Config) -> Gateway:
     url, patterns = config.gateway_url.rstrip("/"), config.gateway_kernel
     path, authority = config.gateway_token_file, config.gateway_ca
     key, token, pem = "gateway_url", "", ""
+
     try:
         if not url and any((path, authority, patterns)):
             raise ValueError("is missing; without it, no other key of a gateway counts")
@@ -5753,14 +5754,15 @@ class RemoteKernelSpecs(StudentKernelSpecs):
 
         url = f"{self.order.gateway.url}/api/kernelspecs?user={self.order.username}"
         kept = "display_name", "language", "interrupt_mode"
+
         try:
             answer = await ask_gateway(url)
-            specs = {name: each["spec"] for name, each in answer["kernelspecs"].items()}
             self.remote = {
                 name: KernelSpec(
-                    resource_dir=os.devnull, **{x: spec[x] for x in kept if x in spec}
+                    resource_dir=os.devnull,  # or its icons were files of this host
+                    **{x: y for x, y in each["spec"].items() if x in kept},
                 )
-                for name, spec in specs.items()
+                for name, each in answer["kernelspecs"].items()
                 if self.is_remote(name)
             }
             if not self.order.gateway.kernels:
@@ -5790,14 +5792,14 @@ class RemoteKernels(StudentKernels):
 
         account = pwd.getpwuid(os.getuid())
         directory = self.cwd_for_path(options.get("path") or self.start_path)
+        is_safe = SAFE_DIRECTORY.fullmatch(directory)
         identity = {
             "KERNEL_USERNAME": account.pw_name,
             "KERNEL_UID": str(account.pw_uid),
             "KERNEL_GID": str(account.pw_gid),
-            "KERNEL_WORKING_DIR": account.pw_dir,
+            "KERNEL_WORKING_DIR": directory if is_safe else account.pw_dir,
         }
-        if SAFE_DIRECTORY.fullmatch(directory):
-            identity["KERNEL_WORKING_DIR"] = directory
+
         kernel: Any = Kernel(parent=self, log=self.log)  # type: ignore[no-untyped-call]
         try:  # without `kernel_id`, which could be somebody else's
             await kernel.start_kernel(kernel_name=name, env=identity)
@@ -5852,6 +5854,7 @@ class RemoteKernels(StudentKernels):
                     await self.look_at(kernel_id)
             except Exception as error:
                 fault = gateway_fault(error)
+
             self.is_away = fault != ""
             if was_away != self.is_away:
                 self.log.warning("the gateway: %s", fault or "it answers again")
@@ -5915,6 +5918,7 @@ class RemoteTab(Upstream):  # type: ignore[misc]
         client: Any = GatewayClient.instance()
         session = urllib.parse.quote(self.session_id, safe="")
         url = f"{self.kernel_manager.kernel_url}/channels?session_id={session}"
+
         while not self.is_closed:
             arguments = client.load_connection_args()
             request = httpclient.HTTPRequest(f"ws{url.removeprefix('http')}", **arguments)
@@ -6115,11 +6119,7 @@ def server_settings(order: ServerOrder, account: pwd.struct_passwd) -> Any:
                 notebooks={},
                 tabs=set(),
             ),
-            "kernel_spec_manager_class": with_upstream(
-                specs,
-                order=order,
-                remote={},
-            ),
+            "kernel_spec_manager_class": with_upstream(specs, order=order, remote={}),
             "kernel_websocket_connection_class": with_upstream(StudentTab),
             "shutdown_no_activity_timeout": order.idle_seconds,
         },
@@ -7301,29 +7301,38 @@ async def serve_connection(
         connection.close()
 
 
-async def watch_gateway(gateway_now: Callable[[], Gateway]) -> NoReturn:
-    """Tell the teacher once when the gateway does not answer, and when it does again."""
+async def why_silent(gateway: Gateway) -> str:
+    """Return why a gateway does not answer; nothing if it does, or there is none."""
     from tornado import httpclient
 
-    # Any answer will do. It has no body, which could be 100 MB from whoever answers there.
-    options: dict[str, Any] = {
-        "method": "HEAD",
-        "raise_error": False,
-        "follow_redirects": False,
-    }
-    client, away = httpclient.AsyncHTTPClient(), ""
+    if not gateway.url:
+        return ""
+    try:
+        # Any answer will do, without a body, which could be 100 MB from whoever is there.
+        await httpclient.AsyncHTTPClient().fetch(
+            f"{gateway.url}/api/swagger.json",  # needs no token
+            method="HEAD",
+            raise_error=False,
+            follow_redirects=False,
+            request_timeout=GATEWAY_ANSWER_SECONDS,
+            ssl_options=gateway.context(),
+        )
+    except ssl.SSLError as error:
+        hint = "if it has an authority of your own, name that in gateway_ca"
+        return f"{explain(error)}; {hint}"
+    except Exception as error:  # whatever it is, there was no answer
+        return explain(error)
+    return ""
+
+
+async def watch_gateway(gateway_now: Callable[[], Gateway]) -> NoReturn:
+    """Tell the teacher once when the gateway does not answer, and when it does again."""
+    away = ""  # the address
     while True:
         await asyncio.sleep(GATEWAY_SECONDS)
-        gateway, fault = gateway_now(), ""
-        try:
-            if gateway.url:
-                url = f"{gateway.url}/api/swagger.json"  # needs no token
-                options |= {"ssl_options": gateway.context()}
-                await client.fetch(url, request_timeout=GATEWAY_ANSWER_SECONDS, **options)
-        except Exception as error:  # whatever it is, there was no answer
-            fault = explain(error)
-            if isinstance(error, ssl.SSLError):
-                fault += "; if it has an authority of your own, name that in gateway_ca"
+        gateway = gateway_now()
+        fault = await why_silent(gateway)
+
         if fault and away != gateway.url:
             log.warning("the gateway %s, and all kernels on it: %s", gateway.url, fault)
         elif away and away == gateway.url and not fault:
