@@ -796,8 +796,8 @@ def fetch(
         target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
         data = body.encode() if isinstance(body, str) else body
         connection.request(method, target, data, dict(headers or {}))
-        answer = connection.getresponse()
-        return Response(answer.status, answer.headers, answer.read())
+        with connection.getresponse() as answer:
+            return Response(answer.status, answer.headers, answer.read())
 
 
 class LogInRefused(Exception):
@@ -880,6 +880,9 @@ class Notebook:
             cookie=self.cookie_header(),
             sslopt={"context": self.context},
         )
+        self.resources.callback(
+            channel.shutdown
+        )  # which `close` leaves out if it was told to
         self.resources.callback(channel.close, timeout=1)
         return channel
 

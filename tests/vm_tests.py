@@ -53,6 +53,7 @@ UNIT = "lab101"
 MEGABYTE = 1 << 20
 SECONDS = 300.0  # for what a slow machine does
 NOTEBOOK = "week1.ipynb"
+CLASS = 100  # students, of whom is measured what limits cost
 EMPTY_NOTEBOOK = {
     "cells": [],
     "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3"}},
@@ -852,15 +853,17 @@ def test_students_without_limits_leave_the_host_enough_memory(small_lab: Lab) ->
 
 
 def test_what_limits_cost_is_measured(machine: Machine, labs: dict[str, Lab]) -> None:
-    """100 students, by turns with limits and without; so fast is only this machine."""
+    """By turns with limits and without; so fast is only this machine."""
     ssh, config = machine.ssh, "/root/cost/notebooks.cfg"
     machine.boot("6G")
-    # Else each of 100 passwords takes seconds.
+    # Else each password takes seconds.
     ssh("sed -i 's/yescrypt/sha256 rounds=1000/' /etc/pam.d/common-password")
     ssh("mkdir -m 0700 /root/cost /root/cost/material")
-    names = "".join(f"student{i}\n" for i in range(100))
+    names = "".join(f"student{i}\n" for i in range(CLASS))
     machine.write("/root/cost/students.csv", f"username\n{names}")
-    machine.write(config, "[Launch]\nport = 9000\n[Limits]\nmemory = 2G\n")
+    machine.write(
+        config, "[Setup]\ngroup = cost\n[Launch]\nport = 9000\n[Limits]\nmemory = 2G\n"
+    )
     machine.write("/root/measure.py", MEASURE)
     assert machine.run(f"{SCRIPT} setup {config}", seconds=3600).returncode == 0
     free = config.replace("notebooks.cfg", "free.cfg")
@@ -874,5 +877,5 @@ def test_what_limits_cost_is_measured(machine: Machine, labs: dict[str, Lab]) ->
             done = machine.run(run, seconds=3600)
             assert done.returncode == 0, done
             print(file, done.stdout)
-            assert json.loads(done.stdout)["servers"] == 100
+            assert json.loads(done.stdout)["servers"] == CLASS
             ssh(f"{SCRIPT} shutdown {file}")
