@@ -480,7 +480,7 @@ def test_remove_says_how_much_it_deletes_and_what_was_not_retrieved(
     course.check("retrieve")
     description = course.run("remove", stdin=subprocess.DEVNULL).stdout
     assert "not retrieved" not in description
-    script = "head -c 5000000 /dev/zero >course/work; echo more >>course/material/*.csv"
+    script = "head -c 5M /dev/zero >course/work; echo more >>course/material/*.csv"
     run_as(busy, "sh", "-c", script, check=True)
     run_as(idle, "sh", "-c", "echo private >elsewhere", check=True)
     description = course.run("remove", stdin=subprocess.DEVNULL).stdout
