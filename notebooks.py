@@ -27,7 +27,7 @@ launcher   root     holds all ports, has servers started and watches them; it wa
                     sockets and never reads from the network
 template   root     has imported Jupyter once; forks one notebook server per request and
                     never sees a password or anything else of a student's
-webserver  nobody   the landing page on the base port
+webserver  nobody   the landing page on the base port; looks whether a gateway is there
 server     student  one Jupyter Notebook server per student, on a port of its own
 
 Template and webserver are the launcher's helpers: this script, executed afresh with one end
@@ -51,6 +51,9 @@ SignOfLife   worker    command   -                  it is not stuck
 Done         worker    command   -                  what the work returned
 Failed       worker,   command,  -                  why the work, or the fork, could not be
              template  launcher                     done
+
+`Certificate`, `Language` and `Gateway` are parts of a Site and a ServerOrder, too; of a
+gateway, from which kernels may come, only the servers are told the token.
 
 One start of a server, in the order of time, from left to right and back:
 
@@ -7632,17 +7635,17 @@ class ServerState(enum.Enum):
 
 @dataclasses.dataclass
 class StartContext:
-    """What all servers share when they start; a reload changes four of them."""
+    """What all servers share when they start; a reload changes the first four."""
 
     config: Config
     certificate: Certificate
     language: Language
+    gateway: Gateway
     template: Template
     slots: asyncio.Semaphore  # of those that start at once
     ports: str = ""  # for people
     tell: Callable[[], None] = lambda: None  # the page that something has changed
     has_limits: bool = False  # of memory and processors, by slices
-    gateway: Gateway = Gateway()
 
 
 @dataclasses.dataclass
@@ -7952,13 +7955,17 @@ class Launcher:
     """Owns the servers of a course and both helpers; reloads, and shows the status."""
 
     def __init__(
-        self, course: Course, certificate: Certificate, base_listener: socket.socket
+        self,
+        course: Course,
+        certificate: Certificate,
+        gateway: Gateway,
+        base_listener: socket.socket,
     ) -> None:
-        path = course.config.path
+        config, path = course.config, course.config.path
         template = Template(role="template", course=path)
         slots = asyncio.Semaphore(os.cpu_count() or 1)
-        language = read_language(course.config.language)
-        self.context = StartContext(course.config, certificate, language, template, slots)
+        language = read_language(config.language)
+        self.context = StartContext(config, certificate, language, gateway, template, slots)
         self.options = course.options
         self.servers: dict[str, Server] = {}
         self.web = Webserver(
@@ -8201,7 +8208,7 @@ class Launcher:
             course = dataclasses.replace(course, config=config, options=self.options)
             gateway = await asyncio.to_thread(read_gateway, config)
             certificate = await asyncio.to_thread(ensure_certificate, config)
-            language = read_language(config.language)
+            language = await asyncio.to_thread(read_language, config.language)
             ensure_capacity(course)
             with course.roster.locked():
                 gone = self.servers_not_in(course.roster)
@@ -8833,8 +8840,7 @@ def command_launch(course: Course) -> int:
     ensure_capacity(course)
     check_limits(course)
     certificate = ensure_certificate(config)
-    launcher = Launcher(course, certificate, bind_base_port(config))
-    launcher.context.gateway = gateway
+    launcher = Launcher(course, certificate, gateway, bind_base_port(config))
     with roster.locked():
         launcher.open_servers(course)
         launcher.save_ports(roster)

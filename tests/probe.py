@@ -109,6 +109,7 @@ def main(config_file: str, username: str) -> None:
         config=course.config,
         certificate=notebooks.ensure_certificate(course.config),
         language=notebooks.read_language(course.config.language),
+        gateway=notebooks.read_gateway(course.config),
         template=notebooks.Template(role="template", course=Path()),
         slots=asyncio.Semaphore(),
     )
