@@ -256,6 +256,28 @@ def run_as(
 
 
 @contextlib.contextmanager
+def python_of(username: str, script: str) -> Iterator["subprocess.Popen[str]"]:
+    """Run a Python script as a user, from the line on that it prints."""
+    account = pwd.getpwnam(username)
+    process = subprocess.Popen(
+        ["/usr/bin/python3", "-c", script],
+        user=account.pw_uid,
+        group=account.pw_gid,
+        extra_groups=[],
+        cwd=account.pw_dir,
+        env={"HOME": account.pw_dir, "PATH": os.defpath},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout and process.stdout.readline()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
 def made_account(*options: str) -> Iterator[pwd.struct_passwd]:
     """Yield an account, with a home, that setup did not make."""
     username = f"nbo{secrets.token_hex(2)}"

@@ -34,6 +34,7 @@ from support import (
     fetch,
     own_file_system,
     processes_of,
+    python_of,
     wait_until,
 )
 
@@ -355,25 +356,6 @@ def test_remove_leaves_no_keys(make_course: CourseMaker, as_student: AsStudent) 
     wait_until(lambda: not keys(), 10, "the end of its key")
 
 
-@contextlib.contextmanager
-def attack(code: str, username: str = "root") -> Iterator[subprocess.Popen[str]]:
-    """Run Python code, from when it says that it is at work until the end of the block."""
-    process = subprocess.Popen(
-        ["/usr/bin/python3", "-c", code],
-        user=username,
-        group=username,
-        extra_groups=[],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout and process.stdout.readline()
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 MOUNT = """
 import ctypes, os, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -403,7 +385,7 @@ def test_remove_takes_away_what_a_student_has_mounted(make_course: CourseMaker) 
     os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(10, 229))
     code = MOUNT.format(uid=uid, places=[f"{home}/course", str(home), str(runtime)])
     try:
-        with attack(code):
+        with python_of("root", code):
             started = time.monotonic()
             done = course.run("remove", "--yes", "--only", gone, timeout=120)
         assert f"{gone}: account and home deleted" in done.stdout, done
@@ -562,7 +544,7 @@ def test_remove_deletes_what_a_friend_fills_all_the_time(make_course: CourseMake
     kept.write_text("kept")
     home.joinpath("a/link").symlink_to(course.home(friend))
     try:
-        with attack(fill_code(places), friend) as filler:
+        with python_of(friend, fill_code(places)) as filler:
             done = course.run("remove", "--yes", "--only", gone)
             assert f"{gone}: account and home deleted" in done.stdout, done
             assert filler.poll() is None
@@ -714,8 +696,8 @@ def test_remove_withstands_all_attacks_at_once(
 
         places = [f"{home}/course", str(home), str(runtime)]
         with (
-            attack(fill_code(filled, [home / "locked"]), friend) as filler,
-            attack(MOUNT.format(uid=uid, places=places)) as mounter,
+            python_of(friend, fill_code(filled, [home / "locked"])) as filler,
+            python_of("root", MOUNT.format(uid=uid, places=places)) as mounter,
         ):
             for code in (STOP, BOMB):
                 as_student(gone, code)

@@ -19,7 +19,7 @@ import pytest
 import notebooks
 from conftest import CourseMaker
 from notebooks import CopyReport, Error, TreeCopy, identity_of
-from support import Course, interrupt, made_account, run_as, start, wait_until
+from support import Course, interrupt, made_account, python_of, run_as, start, wait_until
 
 KEPT = notebooks.KEPT_COPY
 EARLIER = 1_000_000_000  # seconds since the epoch; no file of the tests is that old
@@ -468,27 +468,6 @@ def shell(username: str, script: str, *arguments: object) -> str:
     """Run a shell script in a student's course directory."""
     command = ["sh", "-euc", f"cd ~/course; {script}", *arguments]
     return run_as(username, *command, check=True).stdout
-
-
-@contextlib.contextmanager
-def python_of(username: str, script: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a Python script as a student, from the line on that it prints."""
-    account = pwd.getpwnam(username)
-    process = subprocess.Popen(
-        ["python3", "-c", script],
-        user=account.pw_uid,
-        group=account.pw_gid,
-        extra_groups=[],
-        cwd=account.pw_dir,
-        env={"HOME": account.pw_dir, "PATH": os.defpath},
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert process.stdout and process.stdout.readline()
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.root
