@@ -1358,11 +1358,20 @@ def log_in(browser: WebDriver, course: Course, username: str) -> None:
 
 
 def run_cell(browser: WebDriver) -> Callable[[WebElement], None]:
-    """Click into a cell and press Shift + Enter, once the page has the click."""
+    """Click into a cell until it has the focus, and press Shift + Enter.
+
+    A page that is still being drawn takes the focus from the editor again.
+    """
+
+    def edits(editor: WebElement) -> bool:
+        editor.click()
+        with contextlib.suppress(TimeoutError):
+            use(browser, f"{CODE_CELL}.jp-mod-active .cm-focused", seconds=3)
+            return True
+        return False
 
     def run(editor: WebElement) -> None:
-        editor.click()
-        use(browser, f"{CODE_CELL}.jp-mod-active .cm-focused")
+        wait_until(lambda: edits(editor), 60, "a cell with the focus")
         keys = ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER)
         keys.key_up(Keys.SHIFT).perform()
 
