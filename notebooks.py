@@ -714,12 +714,14 @@ class Child(Process):
 
     def reap(self) -> int:
         """Wait for the end; return the exit status, or the negative of a signal."""
-        if self.popen:
-            code = self.popen.wait()
-        else:
-            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        self.close()  # not before: Ctrl-C may come while we wait, and `stop` after that
-        self.channel.close()
+        os.waitid(os.P_PIDFD, self.pid_fd, os.WEXITED | os.WNOWAIT)
+        with uninterrupted():  # or `stop`, after Ctrl-C, waits for who is there no more
+            if self.popen:
+                code = self.popen.wait()
+            else:
+                code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self.close()
+            self.channel.close()
         return code
 
     def stop(self, seconds: float, number: int = 0) -> int | None:

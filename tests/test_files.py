@@ -800,7 +800,7 @@ def test_an_interrupted_copy_leaves_no_part_of_a_file(
         wait_until(copies_it, 20, "the copy of the file")
     finally:
         errors = interrupt(process, signum)
-    assert process.returncode in (130, -signum)
+    assert process.returncode in (130, -signum), errors
     assert "Traceback" not in errors
     parts = names(stored) - names(source)
     assert len(parts) <= (signum == signal.SIGKILL)  # the next one removes it

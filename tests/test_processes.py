@@ -395,6 +395,30 @@ def test_who_is_interrupted_ends_the_work_with_its_cleaning_up(tmp_path: Path) -
     assert not psutil.pid_exists(int(tmp_path.joinpath("2").read_text()))
 
 
+def test_a_child_that_ends_while_we_are_interrupted_is_waited_for_once() -> None:
+    """On one processor the child has ended before we hear of the signal."""
+
+    def interrupt_us(channel: notebooks.Channel) -> None:
+        channel.recv(1)
+        os.kill(os.getppid(), signal.SIGINT)
+
+    def wait_for_children() -> int:
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+        interrupted = 0
+        for _ in range(100):
+            child = notebooks.Child.fork(interrupt_us)
+            try:
+                child.channel.send(b"x")
+                child.reap()
+                time.sleep(60)
+            except KeyboardInterrupt:
+                interrupted += 1
+            assert child.stop(10) in (0, None)
+        return interrupted
+
+    assert in_child(wait_for_children) == 100
+
+
 def test_who_gives_no_sign_of_life_is_given_up_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
