@@ -184,7 +184,7 @@ class BusyError(UsageError):
 
 
 class StuckError(Error):
-    """Something of a student's keeps a process of ours from going on."""
+    """A student holds one of our processes up, in the kernel."""
 
 
 def printable(text: str) -> str:
@@ -208,7 +208,7 @@ def explain_exit(code: int) -> str:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Leaves out of each line what would steer a terminal, whoever has written it."""
+    """Leaves out of each line what would steer a terminal: students wrote some of it."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, super().format(record).split("\n")))
@@ -416,9 +416,9 @@ def host_locked() -> contextlib.AbstractContextManager[None]:
 def write_beside(path: Path, script: str, data: bytes, *arguments: str) -> None:
     """Have a shell make a new file beside one, of mode 0600, and do something with it.
 
-    Whoever can read a directory can keep waiting for ever who writes there: getdents(2)
-    locks it, and may have to wait for memory that is a file of a FUSE file system. We wait
-    for the shell, and not for long. Raises: OSError, with the words of what has failed.
+    A student who can read a directory can block every writer in it for ever: getdents(2)
+    locks it while it fills memory that may be mapped from a FUSE file system. So a shell
+    writes, and we wait for it, but not for long. Raises: OSError, with the shell's words.
     """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     command = ["sh", "-c", WRITE_FILE.format(script), "sh", str(temporary), str(path)]
@@ -491,7 +491,7 @@ def decode_message(data: bytes) -> Message:
 
 
 class Channel(socket.socket):
-    """One end of a connection between processes of ours: unix(7), SOCK_SEQPACKET."""
+    """One end of a connection between two of our processes: unix(7), SOCK_SEQPACKET."""
 
     @classmethod
     def pair(cls) -> "tuple[Channel, Channel]":
@@ -582,7 +582,7 @@ class Strangers:
 
     def admit(self, connection: socket.socket, address: str) -> None:
         source = ipaddress.ip_address(address.partition("%")[0])
-        if source.version == 6:  # whoever has one address has all that begin like it
+        if source.version == 6:  # one host has all addresses that begin alike
             prefix = ipaddress.ip_network((source, 64), strict=False)
             source = source.ipv4_mapped or prefix.network_address
 
@@ -596,8 +596,8 @@ class Strangers:
             oldest = next(x for x, y in self.sources.items() if y == crowd)
             self.forget(oldest)
             with contextlib.suppress(OSError):  # it has just ended
-                # Whoever reads from it finds the end, and closes it; not that of TLS, for
-                # which an SSLSocket would be changed under its reader.
+                # Its reader finds the end of the stream, and closes it. TLS is not ended:
+                # that would change the SSLSocket under its reader.
                 socket.socket.shutdown(oldest, socket.SHUT_RDWR)
 
     def forget(self, connection: socket.socket) -> None:
@@ -619,7 +619,7 @@ async def end_tasks(tasks: "Iterable[asyncio.Task[Any]]") -> None:
 # == Tools: processes of our own ===========================================================
 #
 # `Process` is any process, held by a descriptor. `Child` is one that we have started, with
-# a channel to it: workers, the template and the webserver are children. Each fork of ours
+# a channel to it: workers, the template and the webserver are children. All that we fork
 # goes through `fork_process`.
 
 MAX_RESTART_DELAY_SECONDS = 60.0
@@ -715,7 +715,7 @@ class Child(Process):
     def reap(self) -> int:
         """Wait for the end; return the exit status, or the negative of a signal."""
         os.waitid(os.P_PIDFD, self.pid_fd, os.WEXITED | os.WNOWAIT)
-        with uninterrupted():  # or `stop`, after Ctrl-C, waits for who is there no more
+        with uninterrupted():  # or after Ctrl-C `stop` would wait for a child that is gone
             if self.popen:
                 code = self.popen.wait()
             else:
@@ -783,14 +783,14 @@ def release_memory() -> None:
 
 # == Tools: classes on top of others' ======================================================
 #
-# Jupyter and Tornado are imported in template processes and the webserver alone. So a class
-# of ours names the one that it extends, which becomes its base there.
+# Jupyter and Tornado are imported in template processes and the webserver alone. So our
+# class names the class that it extends, which becomes its base there.
 
-Upstream: Any = object  # a class of theirs, which comes after ours in the order of bases
+Upstream: Any = object  # their class, which comes after ours in the order of bases
 
 
 def with_upstream(ours: Any, **values: object) -> Any:
-    """Return a class of ours on top of the one that it names as its `upstream`."""
+    """Return our class on top of the one that it names as its `upstream`."""
     module, _, name = ours.upstream.rpartition(".")
     bases = ours, getattr(importlib.import_module(module), name)
     return types.new_class(ours.__name__, bases, exec_body=lambda body: body.update(values))
@@ -2046,7 +2046,7 @@ class Course:
 
     @property
     def students(self) -> list[Student]:
-        """Those of the list for whom the command is."""
+        """The students of the list whom the command is for."""
         only = self.options.only
         return [x for x in self.roster.students if only is None or x.username in only]
 
@@ -2196,7 +2196,7 @@ def check_group(course: Course) -> None:
     config = course.config
     for account in filter(None, map(find_account, group_members(config.group))):
         claims = Claims(account, config)
-        # Of a student who is not in this list, a course that has moved was here.
+        # For who is not in this list, a course that has moved was here.
         is_known = account.pw_name in course.roster.rows
         others = [x for x in claims.marks if not is_known or x not in claims.gone]
         if others and not claims.mine:
@@ -2345,7 +2345,7 @@ def uid_options(home: Path) -> list[str]:
 
     used = {account.pw_uid for account in pwd.getpwall()}
     for path in home.parent.iterdir():
-        with contextlib.suppress(OSError):  # a file system of theirs, in their home
+        with contextlib.suppress(OSError):  # their home may be a file system of their own
             used.add(path.lstat().st_uid)
     return ["--uid", str(new_uid(uids, used))]
 
@@ -2413,10 +2413,10 @@ def remove_empty_group(group: str) -> bool:
 # == Workers: something for each member ====================================================
 #
 # Effective ids belong to a whole process, so what is done with the ids of several members
-# at once takes several processes. And a student can make a process of ours sleep in the
-# kernel for ever, such as one that wants a directory which a FUSE file system of theirs
-# keeps locked. So a worker shows a sign of life each second; one that shows none for long
-# is given up, and the others go on.
+# at once takes several processes. And a student can make one of our processes sleep in the
+# kernel for ever: it may want a directory that the student's FUSE file system keeps locked.
+# So a worker shows a sign of life each second; one that shows none for long is given up,
+# and the others go on.
 #
 # A step for one member returns a value or raises; `Outcome` collects what went wrong.
 
@@ -2570,7 +2570,7 @@ class Outcome:
     def each(
         self, function: Callable[[Member], Value], members: Sequence[Member], label: str
     ) -> Iterator[tuple[Member, Value]]:
-        """Have workers do something; yield with whom it worked, and collect the rest."""
+        """Have workers do something; yield whom it worked for, and collect the failures."""
         workers = run_workers(function, members)
         for worker in progress(workers, len(members), label):
             with self.step(worker.member.username):
@@ -2760,10 +2760,10 @@ class Copied(NamedTuple):
 
 
 class CopyRecord:
-    """What was copied into a directory, kept in a file there by whoever owns it.
+    """What was copied into a directory, kept in a file there by the directory's owner.
 
-    It is in the care of a student, who may delete or forge it: then files of theirs count
-    as changed, or as unchanged, and nobody else's.
+    A student may delete or forge it: then the student's own files count as changed, or as
+    unchanged, and nobody else's.
     """
 
     def __init__(self, directory_fd: int) -> None:
@@ -3126,7 +3126,7 @@ class TreeCopy:
             info, reason = os.fstat(fd), self.forbids(path, real_path(fd))
             if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
                 reason = "leads to no file"
-            # Who makes a link may have fewer rights than the reader, but for their own.
+            # A link's maker may have fewer rights than the reader, but for their own files.
             if makers - {0, self.reader.uid, info.st_uid}:
                 reason = "is somebody else's link"
 
@@ -3381,7 +3381,7 @@ def ensure_home(account: pwd.struct_passwd, config: Config) -> None:
     owner = f"{account.pw_uid}:{account.pw_gid}"
     try:
         if not is_ours(account) or not unpack_home(account, config, unfinished):
-            # It is still root's: a student could have cp(1) write through a link of theirs.
+            # It is still root's: a student could have cp(1) write through a link in it.
             if os.path.isdir(skeleton):
                 run_program(["cp", *options, f"{skeleton}/.", str(unfinished)])
             run_program(["chown", *options, owner, str(unfinished)])
@@ -3479,7 +3479,7 @@ RUNTIME_DIR = Path("/var/lib/notebooks")
 CONFIG_DIR = RUNTIME_DIR / "config"  # root's, where servers look for configuration
 CONTROL_DIR = RUNTIME_DIR / "control"  # root's, with a socket of each server, by its port
 TEMPLATE_HOME = RUNTIME_DIR / "template"  # HOME of the helpers: nobody makes it
-# Shells read it, for /etc/profile sets PATH anew in those of a log-in.
+# Shells read it, for /etc/profile sets PATH once more in those of a log-in.
 PATH_SCRIPT = CONFIG_DIR / "path.sh"
 ADD_PATH = (
     'case ":$PATH:" in *":$NOTEBOOKS_PATH:"*) ;; *) PATH=$NOTEBOOKS_PATH:$PATH ;; esac\n'
@@ -3491,7 +3491,7 @@ def runtime_dir_of(account: pwd.struct_passwd) -> Path:
 
 
 def ensure_config_dir() -> None:
-    """Make root's directories. Whoever could list the upper one could keep it locked."""
+    """Make root's directories. Who may list the upper one could lock it, so nobody may."""
     CONFIG_DIR.mkdir(mode=0o755, parents=True, exist_ok=True)
     CONTROL_DIR.mkdir(mode=0o700, exist_ok=True)
     RUNTIME_DIR.chmod(0o711)
@@ -4025,7 +4025,7 @@ def find_roots(
 
     Where a student has some of those, only our servers are roots: kernels are found by
     their server. To read a command line takes a lock on the process's memory, which a
-    student can keep for ever, as in an mmap(2) of a file in a FUSE file system of theirs.
+    student can keep for ever, as in an mmap(2) of a file in their own FUSE file system.
     """
     deadline = time.monotonic() + STUCK_SECONDS
     servers: dict[int, str] = {}
@@ -4159,7 +4159,7 @@ def stop_jupyter(
     """End the Jupyter processes of all these members at once, but not other courses'.
 
     If a student's processes cannot be inspected, all of them are killed when this course
-    alone has the account. Returns: those of whom nothing of Jupyter's is left to run.
+    alone has the account. Returns: the members for whom Jupyter runs no more.
     """
     known, spared, hidden = look_for_jupyter(config, members, outcome)
     left = end_families(known, {*itertools.chain(*spared.values())})
@@ -4179,7 +4179,7 @@ def stop_jupyter(
 
 
 def end_everything(members: Sequence[Member], outcome: Outcome) -> list[Member]:
-    """Kill all that members run, whoever else has their account; return whose that is."""
+    """Kill all that members run, in other courses too; return whose processes are gone."""
     for member in members:
         with outcome.step(member.username):
             if member.uid == invoking_account().pw_uid:
@@ -4230,7 +4230,7 @@ def run_worker(function: Callable[[Member], object], member: Member) -> None:
 
 
 def end_account(member: Member) -> None:
-    """End all that an account of ours runs, for good; raises Error if that fails."""
+    """End all that one of our accounts runs, for good; raises Error if that fails."""
     account = member.account
     # Closed first, so that neither ssh nor cron start anything new, and then killed: so
     # nothing is mounted again.
@@ -4283,7 +4283,7 @@ def unmount_own(account: pwd.struct_passwd) -> None:
 
 
 def delete_directories(member: Member) -> None:
-    """Delete the home of an account of ours that was ended, and its runtime directory.
+    """Delete the home of one of our accounts that was ended, and its runtime directory.
 
     Runs as: root, since others may own what lies in the home.
     """
@@ -4300,7 +4300,7 @@ def delete_directories(member: Member) -> None:
 
 
 def remove_account(member: Member) -> None:
-    """Delete an account of ours that was ended, and its home.
+    """Delete one of our accounts that was ended, and its home.
 
     Nothing of the account's runs any more. Raises: Error; what is left can be removed by
     the same call again.
@@ -4355,7 +4355,7 @@ def delete_public_files(uids: Collection[int]) -> None:
 
 CERTIFICATE_DAYS = 820  # Apple takes 825 of an authority that a user has installed
 CERTIFICATE_WARNING_DAYS = 30
-RENEWAL_DAYS = 14  # our own is made anew so long before its end
+RENEWAL_DAYS = 14  # before its end, our own is replaced
 CERTIFICATE_LOOK_SECONDS = 24 * 3600.0  # between two looks at a certificate in use
 
 PRIVATE_KEY = re.compile(r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.+?-----END [A-Z ]+-----")
@@ -5622,10 +5622,10 @@ def end_file(name: str) -> Path:
 
 # == Launch 2: kernels on a gateway ========================================================
 #
-# Kernels may run elsewhere, behind a Jupyter Enterprise Gateway or Kernel Gateway. Whoever
-# has its token reaches everybody's kernels. So a student's server alone has it, which runs
-# no code of theirs, and asks for nothing but kernels that it has started itself, by
-# addresses in which nothing is a student's. It says whose they are.
+# Kernels may run elsewhere, behind a Jupyter Enterprise Gateway or Kernel Gateway, whose
+# token reaches everybody's kernels. So only a student's server has the token: it runs no
+# student's code, asks for nothing but kernels that it has started itself, by addresses
+# that contain nothing of a student's, and says whose kernels they are.
 
 GATEWAY_SECONDS = 4.0  # between two looks; and in which it must have taken a connection
 GATEWAY_ANSWER_SECONDS = 6.0  # to a question that needs no work
@@ -5874,7 +5874,7 @@ class RemoteKernels(StudentKernels):
             await kernel.refresh_model(await ask_gateway(kernel.kernel_url))
         except Exception as error:
             answer = getattr(error, "response", None)
-            # A proxy says 404 while the gateway is started anew.
+            # A proxy says 404 while the gateway is restarted.
             if not answer or b"Kernel does not exist" not in answer.body:
                 raise
             tabs = self.tabs_of(kernel_id)
@@ -5977,7 +5977,7 @@ class RemoteTab(Upstream):  # type: ignore[misc]
 
 SERVER_LOG = ".notebooks.log"  # in the student's home
 IDLE_CONNECTION_SECONDS = 60.0  # of a notebook server; WebSockets do not count
-STRANGER_BYTES = 1 << 14  # of the body of a request of who has not logged in
+STRANGER_BYTES = 1 << 14  # of a request's body, from somebody who has not logged in
 STRANGER_SECONDS = 20.0  # in which it must have come
 MAX_STRANGERS = 100  # connections of those who have not logged in
 SESSION_DAYS = 30  # until a browser forgets a log-in, as Tornado has it
@@ -5999,7 +5999,7 @@ TERMINAL_SHELL = "/bin/sh", "-c", '[ . -ef "$HOME" ] && cd "$0" 2>/dev/null; exe
 
 
 class OldHome:
-    """Who keeps a path in the template's HOME in this memory: each fork has it its own.
+    """All that keeps a path in the template's HOME in memory: each fork gets its own HOME.
 
     Many a package works out such a path when it is imported, and keeps it in a variable of
     a module, an attribute of a class, the default of a parameter or of a trait.
@@ -6062,7 +6062,7 @@ def make_cookie_secret(username: str, password: str) -> str:
     """Return what signs a server's cookies, in hex: the same as long as the password is.
 
     So an open tab goes on with a server that was started again, and a new password ends
-    all sessions. Who can work it out knows the password.
+    all sessions. Only who knows the password can work it out.
     """
     return hmac.digest(password.encode(), f"cookies of {username}".encode(), "sha256").hex()
 
@@ -7313,7 +7313,7 @@ async def why_silent(gateway: Gateway) -> str:
     if not gateway.url:
         return ""
     try:
-        # Any answer will do, without a body, which could be 100 MB from whoever is there.
+        # Any answer will do, without a body: a stranger there could send 100 MB.
         await httpclient.AsyncHTTPClient().fetch(
             f"{gateway.url}/api/swagger.json",  # needs no token
             method="HEAD",
@@ -7437,8 +7437,8 @@ def run_webserver(channel: Channel) -> None:
 # == Launch 6: ports =======================================================================
 #
 # The launcher holds every student's port for as long as it runs, whether a server runs or
-# not. So no student can ever take a port of the course and collect the cookies and
-# passwords of whoever visits it.
+# not. So no student can ever take a port of the course and collect its visitors' cookies
+# and passwords.
 
 MAX_LOOKED_DESCRIPTORS = 1000  # of each process, or it takes long
 MAX_NAMESAKES = 20  # of a user's processes
@@ -7621,7 +7621,7 @@ def ensure_capacity(course: Course) -> None:
 RELOAD_SECONDS = 3  # for a reload, after a command that has changed accounts
 SLOT_SECONDS = 5.0  # for which a slow start keeps others waiting
 MEMORY_SECONDS = 5  # between two looks at what all processes hold
-GUESS_SECONDS = 1.0  # for each try of a password, one at a time, whoever sends them
+GUESS_SECONDS = 1.0  # for each try of a password, one at a time for all
 # Every encoding of a list has these characters; no spreadsheet takes them for a formula.
 GOOD_PASSWORD = re.compile(r"(?![=+@-])[!-~][ -~]{8,98}[!-~]")
 
@@ -7989,7 +7989,7 @@ class Launcher:
         listeners = find_listeners(SERVER_NAME)
         servers = []
 
-        # Of those whom `remove` took away there is nothing to say but how many have left.
+        # About those whom `remove` took away, only their number is said.
         rows = [x for x in course.students if x.nb_pass or x.username not in self.left]
         for member in outcome.members(rows):
             with outcome.step(member.username):
@@ -8199,10 +8199,10 @@ class Launcher:
     async def reload(self) -> None:
         """Read the configuration and the list again; servers that run stay untouched.
 
-        If either is bad all goes on as before, but for who has left.
+        If either is bad all goes on as before, except for those who have left.
         """
         try:
-            # A student may keep whoever looks into the course's directory, or writes there.
+            # A student may block all who look into the course's directory, or write there.
             course = await asyncio.to_thread(load_course, self.context.config.path)
             if course.config.port != self.context.config.port:
                 log.warning("another `port` counts from the next launch on")
@@ -8299,7 +8299,7 @@ class Launcher:
         return server
 
     def servers_not_in(self, roster: Roster) -> list[Server]:
-        """Return the servers of those who are no students any more."""
+        """Return the servers of those who are no longer students."""
         members = [each for each in find_members(roster.students) if each.student.nb_pass]
         uids = {member.username: member.uid for member in members}
         return [x for x in self.servers.values() if uids.get(x.username) != x.member.uid]
@@ -8483,7 +8483,7 @@ def make_usernames(course: Course) -> None:
         if student.username:
             continue
         username = student.wish
-        # A list that was exported anew lacks the names of accounts that are there already.
+        # A newly exported list lacks the names of accounts that are there already.
         if wishes[username] > 1 or not is_account_of(student, username, course.config):
             username = free_username(username, taken)
         taken.add(username)
@@ -8515,7 +8515,7 @@ def prepare_passwords(course: Course) -> dict[str, bool]:
 
 
 def set_missing_password(student: Student, config: Config) -> None:
-    """Give an account of ours without a system password the one in the list.
+    """Give one of our accounts that has no system password the one in the list.
 
     Raises: Error if PAM refuses it, with its words.
     """
@@ -8913,8 +8913,8 @@ def retrieve_from(
     if config.storage_dir.is_relative_to(member.home / config.tutorial_dir):
         raise Error("storage_dir lies in what is to be retrieved; set another")
 
-    # Who may read the storage may read what comes into it, such as the group of a setgid
-    # directory.
+    # All who may read the storage may read what comes into it, such as the group of a
+    # setgid directory.
     mode = 0
     with contextlib.suppress(OSError):  # it is not there yet: a dry run
         mode = os.stat(config.storage_dir).st_mode & 0o2070
@@ -8926,7 +8926,7 @@ def retrieve_from(
         keep_as=KEPT_COPY,
         keep_all=True,
         limit=config.retrieve_limit,
-        # Whoever runs git in the storage would run what a student's .git/config says.
+        # A teacher's git in the storage would run what a student's .git/config says.
         wanted=lambda path: config.is_wanted(path) and path.name.lower() != ".git",
         mode=mode,
         dry_run=dry_run,
