@@ -619,7 +619,7 @@ async def end_tasks(tasks: "Iterable[asyncio.Task[Any]]") -> None:
 # == Tools: processes of our own ===========================================================
 #
 # `Process` is any process, held by a descriptor. `Child` is one that we have started, with
-# a channel to it: workers, the template and the webserver are children. All that we fork
+# a channel to it: workers, the template and the webserver are children. Each of our forks
 # goes through `fork_process`.
 
 MAX_RESTART_DELAY_SECONDS = 60.0
@@ -714,8 +714,10 @@ class Child(Process):
 
     def reap(self) -> int:
         """Wait for the end; return the exit status, or the negative of a signal."""
+        # Ctrl-C may come while we wait, but not between reaping and forgetting the child:
+        # `stop` would wait for it once more.
         os.waitid(os.P_PIDFD, self.pid_fd, os.WEXITED | os.WNOWAIT)
-        with uninterrupted():  # or after Ctrl-C `stop` would wait for a child that is gone
+        with uninterrupted():
             if self.popen:
                 code = self.popen.wait()
             else:
